@@ -187,10 +187,9 @@ class DecoderConfig:
                 self.hidden_size,
             )
             _set(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        _require(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "even and at least 2", self.head_dim)
-        _require(
-            self.max_position_embeddings >= 1, "max_position_embeddings", "at least 1", self.max_position_embeddings
-        )
+        head_dim, longest = self.head_dim or 0, self.max_position_embeddings
+        _require(head_dim >= 2 and head_dim % 2 == 0, "head_dim", "even and at least 2", self.head_dim)
+        _require(longest >= 1, "max_position_embeddings", "at least 1", longest)
         _set(self, "rms_norm_eps", float(self.rms_norm_eps))
         if self.rope.rope_type in ("llama3", "yarn") and self.rope.original_max_position_embeddings is None:
             original = dataclasses.replace(self.rope, original_max_position_embeddings=self.max_position_embeddings)

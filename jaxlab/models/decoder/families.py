@@ -148,8 +148,6 @@ def _experts_from_hf(hf: Mapping[str, Any], naming: str) -> MoESpec | None:
         experts = hf.get("num_experts", hf.get("num_local_experts"))
         return MoESpec(experts, hf["num_experts_per_tok"], hf["intermediate_size"], renormalise=renormalise)
     if naming == "deepseek":
-        if hf.get("n_routed_experts") is None:
-            return None
         if hf.get("topk_method", "greedy") != "greedy":
             raise NotImplementedError(
                 f"deepseek: topk_method={hf['topk_method']!r} is not supported, expected 'greedy'"
@@ -275,6 +273,8 @@ def _spell(config: DecoderConfig) -> dict[str, Any]:
 
 def _lost(config: DecoderConfig) -> list[str]:
     """Fields that do not come back from the family's own spelling."""
+    if (config.moe is None) != (not _family(config.model_type).experts):
+        return ["moe"]
     back = read(_spell(config))
     names = [field.name for field in dataclasses.fields(DecoderConfig)]
     held = set(names) - {"dtype", "param_dtype", "remat", "scan"}
