@@ -275,7 +275,10 @@ def _lost(config: DecoderConfig) -> list[str]:
     """Fields that do not come back from the family's own spelling."""
     if (config.moe is None) != (not _family(config.model_type).experts):
         return ["moe"]
-    back = read(_spell(config))
+    try:
+        back = read(_spell(config))
+    except ValueError:  # Qwen2-MoE without a shared expert
+        return ["moe"]
     names = [field.name for field in dataclasses.fields(DecoderConfig)]
     held = set(names) - {"dtype", "param_dtype", "remat", "scan"}
     if config.moe is not None and config.moe.sparse_layers is None:
