@@ -1,0 +1,56 @@
+"""The one linear map of the library: several input and output axes, logical axis names, one flat matrix product."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+class Linear(nn.Module):
+    """Contracts the last `in_axes` axes of x with a kernel `[*inputs, *features]`.
+
+    Attributes:
+        features: output axes; `(heads, head_dim)` gives `[..., heads, head_dim]`.
+        names: logical axis names of the kernel, one for each of its axes.
+        in_axes: how many trailing axes of x are contracted.
+        use_bias: adds a bias of shape `features`.
+        dtype: dtype of the factors; None keeps that of x.
+        out_dtype: dtype of the result (accumulation is never narrower than float32); None is that of the factors.
+        param_dtype: dtype in which the parameters are stored.
+        init_scale: standard deviation of the kernel times sqrt(fan in).
+    """
+
+    features: tuple[int, ...]
+    names: tuple[str | None, ...]
+    in_axes: int = 1
+    use_bias: bool = False
+    dtype: str | None = None
+    out_dtype: str | None = None
+    param_dtype: str = "float32"
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Maps `[..., *inputs]` to `[..., *features]`."""
+        inputs = x.shape[x.ndim - self.in_axes :]
+        fan_in, fan_out = math.prod(inputs), math.prod(self.features)
+        init = nn.initializers.truncated_normal(self.init_scale / math.sqrt(fan_in))
+        kernel = self.param(
+            "kernel", nn.with_partitioning(init, self.names), (*inputs, *self.features), jnp.dtype(self.param_dtype)
+        )
+        dtype = jnp.dtype(self.dtype or x.dtype)
+        out_dtype = jnp.dtype(self.out_dtype or dtype)
+        lead = x.shape[: x.ndim - self.in_axes]
+        # Two flat matrices: XLA's CPU backend multiplies these without a copy, whatever the number of axes.
+        y = jax.lax.dot_general(
+            x.astype(dtype).reshape(*lead, fan_in),
+            kernel.astype(dtype).reshape(fan_in, fan_out),
+            (((len(lead),), (0,)), ((), ())),
+            preferred_element_type=out_dtype,
+        ).reshape(*lead, *self.features)
+        if self.use_bias:
+            bias_init = nn.with_partitioning(nn.initializers.zeros_init(), self.names[self.in_axes :])
+            y = y + self.param("bias", bias_init, self.features, jnp.dtype(self.param_dtype)).astype(out_dtype)
+        return y

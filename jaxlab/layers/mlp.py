@@ -1,0 +1,32 @@
+"""The gated MLP of the decoder families (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from jaxlab.layers.linear import Linear
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)).
+
+    Attributes:
+        features: inner width F.
+        dtype: compute dtype; None keeps that of x.
+        param_dtype: stored dtype.
+        out_init_scale: `Linear.init_scale` of `down`.
+    """
+
+    features: int
+    dtype: str | None = None
+    param_dtype: str = "float32"
+    out_init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"], *, train: bool = False) -> Float[Array, "*batch d"]:
+        """Maps `[..., D]` to `[..., D]`; `train` is accepted for the MLP protocol and changes nothing."""
+        policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        gate = Linear((self.features,), ("embed", "mlp"), name="gate", **policy)(x)
+        up = Linear((self.features,), ("embed", "mlp"), name="up", **policy)(x)
+        down = Linear((x.shape[-1],), ("mlp", "embed"), init_scale=self.out_init_scale, name="down", **policy)
+        return down(jax.nn.silu(gate) * up)
