@@ -10,7 +10,7 @@ import jax
 from jax.experimental import compute_on as _compute_on
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
-# From JAX 0.11 every lowering of a Triton kernel warns that the backend will go. That is known, and nothing a user can act on.
+# From JAX 0.11 every lowering of a Triton kernel warns that the backend will go: nothing a user can act on.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 # What a kernel is traced for when neither a device nor a plan says otherwise.
@@ -45,7 +45,7 @@ def tracing_for(
 
 
 @contextlib.contextmanager
-def default_device_for(platform: str) -> Iterator[None]:
+def default_device_for(platform: str | None) -> Iterator[None]:
     """Like `tracing_for(platform=platform)`, but only where nothing else (a real GPU, a mesh) names the device."""
     ambient = get_abstract_mesh()
     if platform not in DEFAULT_DEVICE_KIND or not ambient.empty or ambient.abstract_device is not None or _has_gpu():
