@@ -1,1 +1,82 @@
-"""(filled in by its owner)"""
+"""Floor 0: configuration, meshes, checkpoints, metrics, data files, reports, plans.
+
+    from jaxlab.core import load_config, make_mesh, shardings
+    mesh = make_mesh({"data": -1, "tensor": 2})
+    where = shardings(jax.eval_shape(model.init, key, tokens), mesh)
+
+Names are loaded when they are first used, so that importing this package costs nothing. `distributed`, `tasks`, `plan`,
+`jsonl`, `image_metrics` and `compat` are modules of it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxlab.core.errors import CheckpointError, DataUnavailable, MissingExtra
+from jaxlab.core.progress import progress
+
+if TYPE_CHECKING:
+    from jaxlab.core import compat, distributed, image_metrics, jsonl, plan, tasks
+    from jaxlab.core.checkpoint import Checkpointer
+    from jaxlab.core.compilation import count_compilations
+    from jaxlab.core.config import load_config, save_config, to_dict
+    from jaxlab.core.data import data_path
+    from jaxlab.core.keys import named_key
+    from jaxlab.core.mesh import DEFAULT_RULES, MESH_AXES, make_mesh, shardings
+    from jaxlab.core.metrics import MetricsLogger
+    from jaxlab.core.report import Report
+
+_HOME = {
+    "Checkpointer": "checkpoint",
+    "DEFAULT_RULES": "mesh",
+    "MESH_AXES": "mesh",
+    "MetricsLogger": "metrics",
+    "Report": "report",
+    "count_compilations": "compilation",
+    "data_path": "data",
+    "load_config": "config",
+    "make_mesh": "mesh",
+    "named_key": "keys",
+    "save_config": "config",
+    "shardings": "mesh",
+    "to_dict": "config",
+}
+_MODULES = ("compat", "distributed", "image_metrics", "jsonl", "plan", "tasks")
+
+__all__ = [
+    "DEFAULT_RULES",
+    "MESH_AXES",
+    "CheckpointError",
+    "Checkpointer",
+    "DataUnavailable",
+    "MetricsLogger",
+    "MissingExtra",
+    "Report",
+    "compat",
+    "count_compilations",
+    "data_path",
+    "distributed",
+    "image_metrics",
+    "jsonl",
+    "load_config",
+    "make_mesh",
+    "named_key",
+    "plan",
+    "progress",
+    "save_config",
+    "shardings",
+    "tasks",
+    "to_dict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,155 @@
+"""Several processes: joining a cluster, and a cluster of local processes for tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import jax
+
+_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def initialize() -> None:
+    """Joins the cluster this process was started in; alone, or called again, it does nothing.
+
+    A cluster is what JAX detects (SLURM, Open MPI, Kubernetes, TPU pods), or the environment variables
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`, which `run_local` sets. Call it before anything
+    asks JAX for devices.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if all(name in os.environ for name in (_ADDRESS, _COUNT, _INDEX)):
+        jax.distributed.initialize(
+            os.environ[_ADDRESS], num_processes=int(os.environ[_COUNT]), process_id=int(os.environ[_INDEX])
+        )
+        return
+    from jax._src import clusters  # the only place that tells "alone" from "misconfigured"
+
+    if any(
+        cluster.is_env_present() for cluster in clusters.ClusterEnv._cluster_types if not cluster.opt_in_only_method
+    ):
+        jax.distributed.initialize()
+
+
+def is_main() -> bool:
+    """Whether this process writes the logs, reports and bars: process zero, or the only one.
+
+    It starts no backend: before `initialize` a process that `run_local` started knows its index from the environment.
+    """
+    from jax._src import distributed as state
+
+    if jax.distributed.is_initialized():
+        return state.global_state.process_id == 0
+    return int(os.environ.get(_INDEX, 0)) == 0
+
+
+def run_local(
+    argv: Sequence[str | os.PathLike],
+    processes: int = 2,
+    devices: int = 4,
+    *,
+    timeout_s: float = 300.0,
+    env: Mapping[str, str] | None = None,
+) -> list[CompletedProcess]:
+    """Runs a program as `processes` local processes with `devices` CPU devices each, which `initialize` joins.
+
+    When one process fails the others, which would wait for it for ever, are killed.
+
+    Args:
+      argv: the command; one that begins with a Python file or an option is given to this interpreter.
+      processes: how many processes.
+      devices: CPU devices a process.
+      timeout_s: after this time all are killed.
+      env: more environment variables.
+
+    Returns:
+      One result a process, by process index, with `returncode`, and `stdout` and `stderr` as text. A killed one has
+      the negative signal number as return code.
+
+    Raises:
+      subprocess.TimeoutExpired: the time is over; what the processes wrote is in its `output` and `stderr`.
+    """
+    for name, value in (("processes", processes), ("devices", devices)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    command = [os.fspath(part) for part in argv]
+    if not command:
+        raise ValueError("argv: expected a command, got nothing")
+    if command[0].startswith("-") or command[0].endswith(".py"):
+        command.insert(0, sys.executable)
+    flags = [
+        flag
+        for flag in os.environ.get("XLA_FLAGS", "").split()
+        if not flag.startswith("--xla_force_host_platform_device_count")
+    ]
+    shared = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+        _ADDRESS: f"localhost:{_free_port()}",
+        _COUNT: str(processes),
+        **(env or {}),
+    }
+    with tempfile.TemporaryDirectory(prefix="jaxlab-run-") as folder:
+        running = []
+        try:
+            for index in range(processes):
+                # Files, not pipes: nobody reads while all run, and a full pipe would stop a process.
+                with open(Path(folder, f"{index}.out"), "wb") as out, open(Path(folder, f"{index}.err"), "wb") as err:
+                    running.append(
+                        subprocess.Popen(
+                            command,
+                            stdin=subprocess.DEVNULL,
+                            stdout=out,
+                            stderr=err,
+                            env={**shared, _INDEX: str(index)},
+                            start_new_session=True,  # so that what a process started dies with it
+                        )
+                    )
+            in_time = _wait(running, timeout_s)
+        finally:
+            for process in running:
+                _kill(process)
+        texts = [
+            [Path(folder, f"{index}.{kind}").read_text(errors="replace") for kind in ("out", "err")]
+            for index in range(processes)
+        ]
+    if not in_time:
+        joined = ["\n".join(f"[process {index}]\n{text[kind]}" for index, text in enumerate(texts)) for kind in (0, 1)]
+        raise subprocess.TimeoutExpired(command, timeout_s, output=joined[0], stderr=joined[1])
+    return [CompletedProcess(command, process.returncode, *text) for process, text in zip(running, texts)]
+
+
+def _wait(running: Sequence[subprocess.Popen], timeout_s: float) -> bool:
+    """Waits for all, or for the first failure (then a little for the others' own); False when the time is over."""
+    deadline = time.monotonic() + timeout_s
+    failed = False
+    while any(process.poll() is None for process in running):
+        if not failed and any(process.poll() for process in running):
+            failed = True
+            deadline = min(deadline, time.monotonic() + 2.0)
+        if time.monotonic() > deadline:
+            return failed
+        time.sleep(0.02)
+    return True
+
+
+def _kill(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
