@@ -1,0 +1,5 @@
+"""`python -m jaxlab` is the `jaxlab` command."""
+
+from jaxlab.cli import main
+
+main()

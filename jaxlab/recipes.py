@@ -1,0 +1,93 @@
+"""Finding and loading what can be run: systems, their recipes and their YAML files. Imports nothing heavy."""
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One entry of the command line.
+
+    Attributes:
+      package: the system's package; `<package>.recipe` has `run(config) -> Report` and may have
+        `plan(config, target) -> Plan`; `<package>.commands`, where there is one, has further verbs in a Typer `app`.
+      summary: one line for `jaxlab --help`.
+      config: its recipe at laptop scale, relative to the project.
+    """
+
+    package: str
+    summary: str
+    config: str
+
+
+SYSTEMS: dict[str, System] = {
+    "foundation": System(
+        "jaxlab.foundation", "A small language model trained on real text.", "configs/foundation/laptop.yaml"
+    ),
+}
+"""Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
+
+
+def roots() -> tuple[Path, ...]:
+    """Where configs may lie: the working folder, the checkout, the installed package."""
+    package = Path(__file__).resolve().parent
+    return (Path.cwd(), package.parent, package)
+
+
+def find_config(name: str | Path) -> Path:
+    """The file a config's name means: a path, or one relative to the project, such as `configs/foundation/paper.yaml`.
+
+    Raises:
+      FileNotFoundError: nothing is there; the message lists the configs that come with the library.
+    """
+    for root in roots():
+        if (root / name).is_file():
+            return root / name
+    known = sorted({f"configs/{file.relative_to(root / 'configs')}" for root in roots() for file in _yamls(root)})
+    raise FileNotFoundError(f"config {str(name)!r} does not exist; the library's own: {', '.join(known)}")
+
+
+def system_of(path: Path) -> str:
+    """The value of a config's top-level key `system`; a file without it is a plain training config, `foundation`'s.
+
+    Raises:
+      ValueError: not a YAML mapping, or the system is unknown (the known ones are listed).
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
+    name = content.get("system", "foundation")
+    if name not in SYSTEMS:
+        raise ValueError(f"{path}: unknown system {name!r}; known: {', '.join(sorted(SYSTEMS))}")
+    return name
+
+
+def recipe_of(system: str) -> ModuleType:
+    """The recipe module of a system in `SYSTEMS`."""
+    return importlib.import_module(f"{SYSTEMS[system].package}.recipe")
+
+
+def config_class(function: Callable[..., Any]) -> type:
+    """The dataclass a recipe's function takes: the annotation of its parameter `config`."""
+    return typing.get_type_hints(function)["config"]
+
+
+def load(function: Callable[..., Any], path: str | Path | None, overrides: Sequence[str] = ()) -> Any:
+    """The config of a recipe's function, from its YAML file and dotted overrides."""
+    from jaxlab.core import load_config
+
+    return load_config(config_class(function), None if path is None else find_config(path), tuple(overrides))
+
+
+def _yamls(root: Path) -> list[Path]:
+    return sorted((root / "configs").glob("*/*.yaml"))
