@@ -3,10 +3,10 @@
 A step is the folder `<folder>/<step>` with
 
     arrays/         Orbax (OCDBT), one entry a leaf
-    manifest.json   the leaves (name, shape, dtype, kind; the value itself for Python scalars), `extra`, and the size and
-                    CRC-32 of every file under arrays/
+    manifest.json   the leaves (name, kind, shape, dtype; Python scalars themselves), `extra`, and size and CRC-32 of
+                    every file under arrays/
 
-It is written as `.saving-<step>` and becomes visible by one rename. All processes of a cluster call every method, over a
+It is written as `.saving-<step>` and becomes visible by one rename. All processes of a cluster call every method, on a
 shared file system.
 """
 
@@ -168,7 +168,7 @@ def _describe(name: str, leaf: Any) -> dict[str, Any]:
     if isinstance(leaf, jax.Array | np.ndarray | np.generic) and leaf.dtype != object:
         return {"kind": "key" if _is_key(leaf) else "array", "dtype": str(leaf.dtype), "shape": list(leaf.shape)}
     raise TypeError(
-        f"state: leaf {name!r} is {type(leaf).__name__}, expected a JAX or numpy array, PRNG key, int, float, bool or str"
+        f"state: leaf {name!r} is {type(leaf).__name__}, expected an array, a PRNG key, int, float, bool or str"
     )
 
 

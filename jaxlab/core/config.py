@@ -211,7 +211,7 @@ def _fit(value: Any, annotation: Any, key: str, texts: Mapping[str, str], defaul
 
 
 def _fit_union(value: Any, members: Sequence[Any], key: str, texts: Mapping[str, str], default: Any) -> Any:
-    """The member that takes the value as it is; else the first that takes it converted (1 as 1.0); else its complaint."""
+    """The member that takes the value as it is, else the first that takes it converted (1 as 1.0)."""
     fitting, complaint = [], None
     for member in members:
         try:
@@ -264,7 +264,7 @@ def _fit_scalar(value: Any, kind: Any, key: str) -> Any:
 
 
 def _plain(value: Any, key: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum):
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, enum.Enum):
         return value.name

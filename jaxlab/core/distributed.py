@@ -1,5 +1,6 @@
 """Several processes: joining a cluster, and a cluster of local processes for tests."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -142,10 +143,8 @@ def _wait(running: Sequence[subprocess.Popen], timeout_s: float) -> bool:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -20,9 +20,11 @@ def append(path: str | os.PathLike, value: Any, *, sync: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.ftruncate(handle, _whole(handle))
-        os.lseek(handle, 0, os.SEEK_END)
-        while line:  # a full disk or a signal may split the write
+        end = _end_of_whole_lines(handle)
+        if end != os.lseek(handle, 0, os.SEEK_END):
+            os.ftruncate(handle, end)
+            os.lseek(handle, end, os.SEEK_SET)
+        while line:  # a signal may split the write
             line = line[os.write(handle, line) :]
         if sync:
             os.fsync(handle)
@@ -31,19 +33,20 @@ def append(path: str | os.PathLike, value: Any, *, sync: bool = False) -> None:
 
 
 def read(path: str | os.PathLike) -> list[Any]:
-    """All whole lines of a file, parsed; an absent file has none."""
-    return list(iterate(path))
-
-
-def iterate(path: str | os.PathLike) -> Iterator[Any]:
-    """Like `read`, one line at a time.
+    """All whole lines of a file, parsed; an absent file has none.
 
     Raises:
       ValueError: a line that is not JSON, other than a torn last one; the message names file and line.
     """
+    return [value for _, value in locate(path)]
+
+
+def locate(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+    """Like `read`, one at a time and each with its place in the file, for `read_at`."""
     path = Path(path)
     if not path.exists():
         return
+    offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -52,11 +55,19 @@ def iterate(path: str | os.PathLike) -> Iterator[Any]:
                 value = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: expected JSON, got {line[:80]!r}") from error
-            yield value
+            yield offset, value
+            offset += len(line)
+
+
+def read_at(path: str | os.PathLike, offset: int) -> Any:
+    """The value whose line begins at `offset`."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return json.loads(file.readline())
 
 
 def rewrite(path: str | os.PathLike, values: Iterable[Any]) -> None:
-    """Replaces the file's lines; a reader sees the old file or the new one."""
+    """Replaces all lines, by one rename: a reader sees the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
@@ -67,14 +78,13 @@ def rewrite(path: str | os.PathLike, values: Iterable[Any]) -> None:
     os.replace(temporary, path)
 
 
-def _whole(handle: int) -> int:
-    """Length of the file up to its last line end, read backwards in blocks."""
+def _end_of_whole_lines(handle: int) -> int:
+    """Length of the file up to its last line end, looked for backwards."""
     end = os.lseek(handle, 0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 65536)
-        block = os.pread(handle, end - start, start)
-        position = block.rfind(b"\n")
-        if position >= 0:
-            return start + position + 1
+        newline = os.pread(handle, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
         end = start
     return 0

@@ -66,7 +66,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | np.ndarray | No
     axis_types = (AxisType.Auto,) * len(sizes)
     if devices[0].platform == "tpu" and len({getattr(device, "slice_index", 0) for device in devices}) == 1:
         return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
-    # Elsewhere JAX lists the devices node by node, which is the layout we want; its own make_mesh refuses several nodes.
+    # Elsewhere devices come node by node, which is the layout we want; JAX's make_mesh refuses several nodes.
     return Mesh(np.array(devices, dtype=object).reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
 
 

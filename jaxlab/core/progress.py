@@ -5,8 +5,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from jaxlab.core import distributed
-
 T = TypeVar("T")
 
 _PATIENCE_S = 2.0
@@ -27,6 +25,8 @@ def progress(iterable: Iterable[T], label: str, total: float | None = None) -> I
         return
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
+    from jaxlab.core import distributed
+
     bar = task = None
     started = time.monotonic()
     try:
