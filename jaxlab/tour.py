@@ -1,8 +1,8 @@
 """The tour: every system's recipe at laptop scale, one after the other, told in one page.
 
-`jaxlab tour` (= `make demo`) runs the recipes of `RECIPES` in order and writes `report.html` (one file, pictures inside)
-and `report.json`. A recipe that fails does not lose the others; a section that is done is not run again until its config
-or the library's code changes.
+`jaxlab tour` (= `make demo`) runs the recipes of `RECIPES` in order and writes `report.html` (one file, pictures
+inside) and `report.json`. A recipe that fails does not lose the others; a section that is done is not run again until
+its config or the library's code changes.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ RECIPES: dict[str, str] = {
     "answer": "jaxlab.foundation.answer:configs/foundation/answer.yaml",
     "language_model": "jaxlab.foundation.recipe:configs/foundation/laptop.yaml",
     "grouped_matmul": "jaxlab.foundation.kernel:configs/foundation/kernel.yaml",
-    "plan": "jaxlab.foundation.plans:configs/foundation/plans.yaml",
+    "plan": "jaxlab.foundation.layouts:configs/foundation/layouts.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 
