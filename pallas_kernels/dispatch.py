@@ -206,6 +206,11 @@ def _vary(array: Any, axes: frozenset[str]) -> Any:
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
+def zeros_alike(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.Array:
+    """Zeros for a loop's carry: under `shard_map` they vary as `arrays` (after `vary_alike`) do."""
+    return _vary(jnp.zeros(shape, dtype), jax.typeof(arrays[0]).manual_axis_type.varying)
+
+
 def output_like(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.ShapeDtypeStruct:
     """The `out_shape` of a `pallas_call`: under `shard_map` it varies as `arrays` (after `vary_alike`) do."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(arrays[0]).manual_axis_type)

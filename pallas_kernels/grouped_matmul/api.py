@@ -1,0 +1,127 @@
+"""The public grouped matrix product: checks, choice of implementation, gradients."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.grouped_matmul import ragged_dot, reference, xla
+
+_OP = "grouped_matmul"
+_FORWARD = {
+    "reference": reference.rows_times_weights,
+    "xla": xla.rows_times_weights,
+    "ragged_dot": ragged_dot.rows_times_weights,
+}
+_GRADIENT = {
+    "reference": reference.weights_gradient,
+    "xla": xla.weights_gradient,
+    "ragged_dot": ragged_dot.weights_gradient,
+}
+
+
+def grouped_matmul(
+    lhs: Float[Array, "m k"],
+    rhs: Float[Array, "g k n"],
+    group_sizes: Int[Array, " g"],
+    *,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: Implementation = None,
+) -> Float[Array, "m n"]:
+    """Multiplies every row with the matrix of its group: the expert layers of a mixture of experts.
+
+    The rows of `lhs` lie group after group: the first `group_sizes[0]` rows meet `rhs[0]`, the next `group_sizes[1]`
+    rows `rhs[1]`, and so on. No group is padded, and a group may be empty. Rows past `sum(group_sizes)` belong to
+    nobody: they give zero rows, take zero gradient and give none, whatever they hold (NaN too).
+
+    Differentiable in `lhs` and `rhs` (reverse mode), and usable under `jit`, `vmap` (one element after the other),
+    `jax.checkpoint` and `shard_map`. Sums are taken in float32 (float64 for float64 inputs).
+
+    Args:
+      lhs: rows, any floating dtype.
+      rhs: one matrix a group.
+      group_sizes: rows of each group, any integer dtype; not negative, together at most m. Both are checked only where
+        the sizes are concrete (outside `jit`).
+      preferred_element_type: dtype of the result; by default the common dtype of `lhs` and `rhs`.
+      implementation: "triton" (CUDA, ROCm), "xla" (anywhere), "interpret" (the Triton kernels, interpreted, for tests),
+        "reference", "ragged_dot" (JAX's own, for comparison), or several of them to be tried in order; None takes the
+        best for the platform for which the program is lowered.
+
+    Returns:
+      The products, [m, n].
+
+    Raises:
+      ValueError: ranks, inner sizes or the number of groups disagree; concrete sizes are negative or exceed m; unknown
+        implementation.
+      TypeError: a dtype is not floating (not integer, for `group_sizes`).
+      NotImplementedError: the implementation asked for cannot serve the dtype or the platform (the latter when the
+        program is lowered).
+    """
+    names = check_names(_OP, _FORWARD, implementation)
+    _check(lhs, rhs, group_sizes)
+    dtype = jnp.result_type(lhs, rhs) if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"preferred_element_type must be floating, got {dtype}")
+    return _jitted(lhs, rhs, group_sizes, dtype=dtype, implementation=names)
+
+
+def _check(lhs: Any, rhs: Any, group_sizes: Any) -> None:
+    for name, array, rank in (("lhs", lhs, 2), ("rhs", rhs, 3), ("group_sizes", group_sizes, 1)):
+        if jnp.ndim(array) != rank:
+            raise ValueError(f"{name} must have rank {rank}, got shape {jnp.shape(array)}")
+    for name, array in (("lhs", lhs), ("rhs", rhs)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {array.dtype}")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise TypeError(f"group_sizes must be integers, got {group_sizes.dtype}")
+    if lhs.shape[1] != rhs.shape[1]:
+        raise ValueError(f"lhs [m, k] and rhs [g, k, n] must agree in k, got {lhs.shape} and {rhs.shape}")
+    if group_sizes.shape[0] != rhs.shape[0]:
+        raise ValueError(
+            f"group_sizes must have one entry for each of the {rhs.shape[0]} groups, got {group_sizes.shape}"
+        )
+    if not isinstance(group_sizes, jax.core.Tracer) and getattr(group_sizes, "is_fully_addressable", True):
+        sizes = np.asarray(group_sizes).astype(np.int64)
+        if (sizes < 0).any():
+            raise ValueError(f"group_sizes must not be negative, got {sizes.min()} in group {sizes.argmin()}")
+        if sizes.sum() > lhs.shape[0]:
+            raise ValueError(f"group_sizes sum to {sizes.sum()}, but lhs has {lhs.shape[0]} rows")
+
+
+# Jitted, so that an eager call is one program too, and the platform is that of the arguments.
+@functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
+def _jitted(lhs, rhs, group_sizes, *, dtype, implementation):
+    if 0 in (*lhs.shape, *rhs.shape):
+        return jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
+    lhs, rhs, group_sizes = vary_alike(lhs, rhs, group_sizes.astype(jnp.int32))
+    return _product(dtype, implementation, lhs, rhs, group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(dtype, implementation, lhs, rhs, group_sizes):
+    return _run(_FORWARD, implementation, lhs, rhs, group_sizes, transpose=False, dtype=dtype)
+
+
+def _product_forward(dtype, implementation, lhs, rhs, group_sizes):
+    return _product(dtype, implementation, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _product_backward(dtype, implementation, residuals, grads):
+    del dtype
+    lhs, rhs, group_sizes = residuals
+    d_lhs = _run(_FORWARD, implementation, grads, rhs, group_sizes, transpose=True, dtype=lhs.dtype)
+    d_rhs = _run(_GRADIENT, implementation, lhs, grads, group_sizes, dtype=rhs.dtype)
+    return d_lhs, d_rhs, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _run(table, implementation, *args, **settings):
+    # Under vmap one element after the other: kernels keep their grid, and the loops their in-place updates.
+    call = functools.partial(dispatch, _OP, table, implementation, **settings)
+    return jax.custom_batching.sequential_vmap(call)(*args)
