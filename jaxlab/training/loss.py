@@ -1,0 +1,198 @@
+"""Losses as sums, and the language-model loss that never holds all logits at once."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxlab.models.decoder import abstract_params, head_weight
+from jaxlab.training.sharding import place_batch
+from jaxlab.training.text import TokenBatch
+
+# A chunk of tokens has at most this many logits (64 MiB in f32); smaller batches and vocabularies are one chunk.
+_CHUNK_LOGITS = 2**24
+
+
+@struct.dataclass
+class LossOutput:
+    """Sums over a batch, so that masks, accumulated pieces and shards agree: the mean loss is `total / weight`.
+
+    All are f32 scalars; `metrics` are sums over the same weight, which the train step reports divided by it.
+    """
+
+    total: Any
+    weight: Any
+    metrics: dict[str, Any] = struct.field(default_factory=dict)
+
+
+Loss = Callable[[PyTree, PyTree, Array | None], LossOutput]
+
+
+def _chunk(
+    hidden: Float[Array, "*n D"], head: Float[Array, "D V"], targets: Int[Array, "*n"], weights: Float[Array, "*n"]
+) -> tuple[Array, Array, Array, Array]:
+    """Sums of loss and hits of one chunk, its logits and their log-sum-exps."""
+    logits = jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+    maximum = jnp.max(logits, axis=-1)
+    lse = maximum + jnp.log(jnp.sum(jnp.exp(logits - maximum[..., None]), axis=-1))
+    # A comparison with the column index, not a gather: it fuses, and stays local where the vocabulary is sharded.
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    target = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    return jnp.sum((lse - target) * weights), jnp.sum((target >= maximum) * weights), logits, lse
+
+
+def _split(x: Array, chunks: int) -> Array:
+    """[B, T, ...] -> [chunks, B, T / chunks, ...]: every chunk holds all rows, so a sharded batch stays where it is."""
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:]), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunks: int = 1,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums of the token cross-entropy and of correct greedy predictions, f32.
+
+    Only the logits of one of `chunks` pieces of the sequence exist at a time. Where a gradient is asked for, the forward
+    pass makes it along the way (it is linear in the cotangent), so that no logits are kept, and none computed twice.
+    Differentiable in `hidden` and `head`, through the first result.
+    """
+
+    def body(sums, chunk):
+        loss, hits, _, _ = _chunk(chunk[0], head, *chunk[1:])
+        return (sums[0] + loss, sums[1] + hits), None
+
+    pieces = [_split(x, chunks) for x in (hidden, targets, weights)]
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(body, (zero, zero), tuple(pieces))[0]
+
+
+def _cross_entropy_forward(hidden, head, targets, weights, chunks):
+    def gradients(hidden, targets, weights):
+        loss, hits, logits, lse = _chunk(hidden, head, targets, weights)
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        d_logits = ((jnp.exp(logits - lse[..., None]) - hit) * weights[..., None]).astype(hidden.dtype)
+        d_hidden = jnp.einsum("...v,dv->...d", d_logits, head)
+        d_head = jnp.einsum("...d,...v->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+        return loss, hits, d_hidden, d_head
+
+    if chunks == 1:
+        loss, hits, d_hidden, d_head = gradients(hidden, targets, weights)
+    else:
+
+        def body(sums, chunk):
+            loss, hits, d_hidden, d_head = gradients(*chunk)
+            return (sums[0] + loss, sums[1] + hits, sums[2] + d_head), d_hidden
+
+        zero = jnp.zeros((), jnp.float32)
+        pieces = tuple(_split(x, chunks) for x in (hidden, targets, weights))
+        (loss, hits, d_head), d_hidden = jax.lax.scan(body, (zero, zero, jnp.zeros(head.shape, jnp.float32)), pieces)
+        d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    return (loss, hits), (d_hidden, d_head.astype(head.dtype))
+
+
+def _cross_entropy_backward(chunks, residuals, cotangents):
+    d_hidden, d_head = residuals
+    scale = cotangents[0]
+    return (d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None)
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _chunks(tokens: int, length: int, vocab: int) -> int:
+    """The fewest pieces of a sequence, a divisor of its length, that keep a chunk's logits within the limit."""
+    wanted = max(1, -(-tokens * vocab // _CHUNK_LOGITS))
+    return next(chunks for chunks in range(min(wanted, length), length + 1) if length % chunks == 0)
+
+
+def router_loss(aux: PyTree, aux_loss_coef: float, z_loss_coef: float) -> Float[Array, ""]:
+    """The routers' losses found in `DecoderOutput.aux`: every field `aux_loss` and `z_loss`, summed over the layers."""
+    total = jnp.zeros((), jnp.float32)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        name = getattr(path[-1], "name", getattr(path[-1], "key", None)) if path else None
+        coefficient = {"aux_loss": aux_loss_coef, "z_loss": z_loss_coef}.get(name, 0.0)
+        if coefficient:
+            total = total + coefficient * jnp.sum(leaf.astype(jnp.float32))
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class LMLoss:
+    """Next-token loss of a decoder, as `lm_loss` makes it: a `Loss` that also knows its parameters' axis names."""
+
+    model: nn.Module
+    aux_loss_coef: float
+    z_loss_coef: float
+    shards: int
+
+    def __call__(self, params: PyTree, batch: TokenBatch, rng: Array | None) -> LossOutput:
+        """Sums over the batch's weights."""
+        out = self.model.apply(
+            {"params": params},
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            train=True,
+            rngs=None if rng is None else {"mlp": rng},
+        )
+        batch_size, length = batch.targets.shape
+        chunks = _chunks(batch_size * length // self.shards, length, self.model.config.vocab_size)
+        head = head_weight(params).astype(out.hidden.dtype)
+        total, hits = cross_entropy(out.hidden, head, batch.targets, batch.weights, chunks)
+        weight = jnp.sum(batch.weights)
+        total = total + weight * router_loss(out.aux, self.aux_loss_coef, self.z_loss_coef)
+        return LossOutput(total, weight, {"accuracy": hits})
+
+    def abstract_params(self) -> PyTree:
+        """The parameters' shapes, boxed with their logical axis names."""
+        return abstract_params(self.model)
+
+
+def lm_loss(model: nn.Module, *, aux_loss_coef: float = 0.01, z_loss_coef: float = 0.0, shards: int = 1) -> Loss:
+    """The next-token cross-entropy of a `Decoder` on `TokenBatch`es, plus the routers' losses where it has experts.
+
+    Logits exist one chunk of tokens at a time. Metric: `accuracy`, the share of tokens that greedy decoding would get.
+
+    Args:
+        model: A `jaxlab.models.decoder.Decoder`.
+        aux_loss_coef: Weight of the load-balancing loss that sparse layers report in `aux` (X-MoE: 0.01).
+        z_loss_coef: Weight of their z-loss.
+        shards: Devices the batch is spread over; a chunk is sized for one of them.
+    """
+    return LMLoss(model, aux_loss_coef, z_loss_coef, shards)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(model: nn.Module, params: PyTree, batch: TokenBatch) -> LossOutput:
+    loss = LMLoss(model, 0.0, 0.0, 1)
+    return loss(params, batch, None)
+
+
+def perplexity(model: nn.Module, params: PyTree, batches: Iterable[TokenBatch]) -> float:
+    """exp of the mean token cross-entropy over `batches`, each target weighted equally.
+
+    Raises:
+        ValueError: The batches hold no target.
+    """
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    total = weight = 0.0
+    for batch in batches:
+        if isinstance(sharding, NamedSharding):
+            batch = place_batch(batch, sharding.mesh)
+        out = _evaluate(model, params, batch)
+        total, weight = total + float(out.total), weight + float(out.weight)
+    if weight == 0:
+        raise ValueError("batches: expected at least one token to predict, got none")
+    return float(np.exp(total / weight))

@@ -1,0 +1,81 @@
+"""Where a training state and its batches lie on a mesh."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxlab import core
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Axis 0 over the mesh's data axes, everything else replicated.
+
+    Raises:
+        ValueError: Axis 0 is not divisible by their product.
+    """
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    shards = 1
+    for axis in axes:
+        shards *= mesh.shape[axis]
+    if not axes or not shape:
+        return NamedSharding(mesh, PartitionSpec())
+    if shape[0] % shards:
+        raise ValueError(f"batch_size: expected a multiple of {shards} (mesh axes {', '.join(axes)}), got {shape[0]}")
+    return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """A batch sharded over the mesh's data axes; every process passes the same whole batch, or arrays already placed."""
+
+    def place(leaf):
+        sharding = batch_sharding(mesh, leaf.shape)
+        if isinstance(leaf, jax.Array) and (leaf.sharding == sharding or not leaf.is_fully_addressable):
+            return leaf
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(place, batch)
+
+
+def params_shardings(params: PyTree, mesh: Mesh, names: PyTree | None = None) -> PyTree:
+    """Shardings of parameters on a mesh.
+
+    Args:
+        params: Arrays or `ShapeDtypeStruct`s. If they already lie on the mesh they stay where they are.
+        mesh: The mesh.
+        names: The same tree with the logical axis names of `nn.with_partitioning` (`abstract_params`); without names, or
+            without a leaf on the mesh, parameters are replicated.
+    """
+    placed = [isinstance(s := getattr(leaf, "sharding", None), NamedSharding) and s.mesh == mesh for leaf in jax.tree.leaves(params)]
+    if placed and all(placed):
+        return jax.tree.map(lambda leaf: leaf.sharding, params)
+    if names is None:
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
+    return core.shardings(names, mesh)
+
+
+def state_shardings(state: Any, tx: optax.GradientTransformation, mesh: Mesh, names: PyTree | None = None) -> Any:
+    """Shardings of a `TrainState`: optimiser moments lie as their parameters, counters and keys are replicated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = params_shardings(state.params, mesh, names)
+    opt_state = optax.tree.map_params(
+        tx, lambda _, sharding: sharding, state.opt_state, params, transform_non_params=lambda _: replicated
+    )
+    return state.replace(step=replicated, rng=replicated, params=params, opt_state=opt_state)
+
+
+def place_state(state: Any, shardings: Any) -> Any:
+    """A state on its shardings; leaves that lie there already are not copied, and no process sends to another."""
+
+    def place(leaf, sharding):
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(place, state, shardings)
