@@ -2,7 +2,7 @@
 
 Both kinds of crew speak the same few words, so that one scheduler drives either:
 
-    start() -> worker           it will report "ready" (or "died", or "unloadable": the function cannot be imported there)
+    start() -> worker           it will report "ready", "died", or "unloadable": the function cannot be imported there
     send(worker, payload)       it will report "done" with the pickled value, "failed" with a traceback, or "died"
     poll(timeout_s)             -> [(worker, report, payload), ...], early when `wake()` is called
     kill(worker)                no report follows
