@@ -34,7 +34,8 @@ def render(parts: Sequence[Part], facts: Mapping[str, Any]) -> str:
             *map(_section, parts),
             "</main><footer>",
             "<p>Every figure on this page was measured by the run that wrote it. Again: "
-            "<code>jaxlab tour --fresh</code>; one section: <code>jaxlab tour --only NAME</code>. The same as data: <code>report.json</code>.</p>",
+            "<code>jaxlab tour --fresh</code>; one section: <code>jaxlab tour --only NAME</code>. "
+            "The same as data: <code>report.json</code>.</p>",
             _table("Versions", ("package", "version"), list(facts["versions"].items())),
             "</footer></body></html>\n",
         )

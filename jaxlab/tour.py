@@ -26,7 +26,7 @@ RECIPES: dict[str, str] = {
     "answer": "jaxlab.foundation.answer:configs/foundation/answer.yaml",
     "language_model": "jaxlab.foundation.recipe:configs/foundation/laptop.yaml",
     "grouped_matmul": "jaxlab.foundation.kernel:configs/foundation/kernel.yaml",
-    "plan": "jaxlab.foundation.layouts:configs/foundation/layouts.yaml",
+    "plan": "jaxlab.foundation.layouts:configs/foundation/plan_8b.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 

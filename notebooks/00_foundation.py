@@ -87,7 +87,7 @@ for title, columns, rows in matmul.tables:
 from jaxlab.foundation import layouts
 
 try:
-    planned = layouts.run(recipes.load(layouts.run, "configs/foundation/layouts.yaml"))
+    planned = layouts.run(recipes.load(layouts.run, "configs/foundation/plan_8b.yaml"))
 except core.MissingExtra as missing:
     print(missing)
 else:

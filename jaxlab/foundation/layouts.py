@@ -4,23 +4,22 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from jaxlab import core
+from jaxlab.training import TrainConfig
 
 if TYPE_CHECKING:
     from jaxlab.core.plan import Plan
 
 
-@dataclasses.dataclass(frozen=True)
-class LayoutsConfig:
-    """What is compiled for which machine.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayoutsConfig(TrainConfig):
+    """A training run and the machine it is compiled for; the defaults are ours.
 
     Attributes:
-      config: a training config (YAML).
       gpu: a preset of `jaxlab.core.plan`.
       topology: partitions x hosts x devices a host.
       meshes: the layouts to compare; the first is told in full.
     """
 
-    config: str = "configs/foundation/plan_8b.yaml"
     gpu: str = "h100"
     topology: str = "1x8x8"
     meshes: tuple[dict[str, int], ...] = ({"fsdp": 64}, {"data": 8, "fsdp": 8}, {"fsdp": 8, "tensor": 8})
@@ -34,19 +33,17 @@ def run(config: LayoutsConfig) -> core.Report:
     """
     import jax
 
-    from jaxlab import recipes
     from jaxlab.core.plan import target
-    from jaxlab.foundation.recipe import FoundationConfig, plan
+    from jaxlab.foundation.recipe import plan
     from jaxlab.models.decoder import Decoder
     from jaxlab.training import lm_loss
 
-    settings = core.load_config(FoundationConfig, recipes.find_config(config.config))
     plans = {
-        _layout(mesh): plan(settings, target(config.gpu, config.topology, mesh))
+        _layout(mesh): plan(config, target(config.gpu, config.topology, mesh))
         for mesh in core.progress(config.meshes, "compiling")
     }
     layout, told = next(iter(plans.items()))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(lm_loss(Decoder(settings.model)).abstract_params()))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(lm_loss(Decoder(config.model)).abstract_params()))
     devices = told.target.mesh.size
     collectives = [
         (item.op, ", ".join(item.axes), item.count, item.bytes / 2**20, item.bytes * item.count / 2**20)
@@ -62,7 +59,7 @@ def run(config: LayoutsConfig) -> core.Report:
         title=f"A training step of {parameters / 1e9:.1f} B parameters, planned for {devices} {config.gpu.upper()}s",
         metrics={
             "parameters": f"{parameters / 1e9:.2f} B",
-            "tokens_a_step": settings.batch_size * settings.length,
+            "tokens_a_step": config.batch_size * config.length,
             "layout": layout,
             "gib_a_device": told.bytes["total"] / 2**30,
             "verdict": "fits" if told.fits else "does not fit",
