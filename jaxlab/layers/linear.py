@@ -43,11 +43,13 @@ class Linear(nn.Module):
         dtype = jnp.dtype(self.dtype or x.dtype)
         out_dtype = jnp.dtype(self.out_dtype or dtype)
         lead = x.shape[: x.ndim - self.in_axes]
-        # Two flat matrices: XLA's CPU backend multiplies these without a copy, whatever the number of axes.
+        # Two flat matrices: XLA's CPU backend multiplies these without a copy, and the kernel's gradient, too. Under a
+        # mesh the batch and sequence axes may be split, so there they stay apart.
+        rows = (math.prod(lead),) if jax.sharding.get_abstract_mesh().empty else lead
         y = jax.lax.dot_general(
-            x.astype(dtype).reshape(*lead, fan_in),
+            x.astype(dtype).reshape(*rows, fan_in),
             kernel.astype(dtype).reshape(fan_in, fan_out),
-            (((len(lead),), (0,)), ((), ())),
+            (((len(rows),), (0,)), ((), ())),
             preferred_element_type=out_dtype,
         ).reshape(*lead, *self.features)
         if self.use_bias:
