@@ -1,5 +1,6 @@
 """Reads collectives out of compiled HLO: what moves, over which mesh axes, how often."""
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -52,6 +53,8 @@ _CALLED_LIST = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _GROUPS_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _GROUPS_LIST = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
+_GROUPS_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\)[^)]*)?)\))? \{([^}]*)\}")
+_IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 
@@ -130,18 +133,54 @@ def _executions(entry: str, computations: dict[str, list[_Instruction]]) -> dict
 
 
 def _groups(attributes: str, devices: int) -> list[list[int]]:
-    """Groups of partition numbers that exchange data with each other."""
+    """Groups of partition numbers that exchange data with each other, from any of the forms XLA prints."""
     if pairs := _PAIRS.search(attributes):
-        return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+        return _listed(pairs[1])
     if iota := _GROUPS_IOTA.search(attributes):
-        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
-        numbers = np.arange(np.prod(dims)).reshape(dims)
-        if iota[3]:
-            numbers = numbers.transpose([int(n) for n in iota[3].split(",")])
-        return numbers.reshape(shape).tolist()
+        return _iota(iota[2], iota[3]).reshape(_ints(iota[1])).tolist()
+    if over_mesh := _GROUPS_MESH.search(attributes):
+        return _mesh_groups(*over_mesh.groups())
     if (listed := _GROUPS_LIST.search(attributes)) and listed[1]:
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+        return _listed(listed[1])
     return [list(range(devices))]
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _listed(text: str) -> list[list[int]]:
+    return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", text)]
+
+
+def _iota(dims: str, permutation: str | None) -> np.ndarray:
+    numbers = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+    return numbers.transpose(_ints(permutation)) if permutation else numbers
+
+
+def _mesh_groups(sizes: str, order: str | None, grouped: str) -> list[list[int]]:
+    """The form `mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'a','b':(2)4}`: XLA's own mesh, by names of its axes.
+
+    The optional order says which partition stands where in the mesh. `'b':(2)4` is a part of axis b: of its 8 places,
+    seen as 2 x 4 x 1, the 4.
+    """
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    count = math.prod(axes.values())
+    iota = _IOTA.fullmatch(order) if order else None
+    numbers = _iota(*iota.groups()) if iota else np.array(_ints(order)) if order else np.arange(count)
+    parts = [
+        (name, int(before or 1), int(before or 1) * int(size or axes[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped)
+    ]
+    dims, chosen = [], []
+    for axis, size in axes.items():
+        cuts = sorted({1, size, *(cut for name, *ends in parts if name == axis for cut in ends)})
+        for low, high in itertools.pairwise(cuts):
+            if any(name == axis and start <= low and high <= end for name, start, end in parts):
+                chosen.append(len(dims))
+            dims.append(high // low)
+    moved = np.moveaxis(numbers.reshape(dims), chosen, range(-len(chosen), 0))
+    return moved.reshape(-1, math.prod(dims[i] for i in chosen)).tolist()
 
 
 def _axes(groups: list[list[int]], mesh: jax.sharding.Mesh) -> tuple[str, ...]:
@@ -170,12 +209,17 @@ def _bytes(type_text: str) -> int:
 
 
 def _bits(dtype: str) -> int:
-    if dtype in ("token", "opaque"):
-        return 0
-    return 8 if dtype == "pred" else int(re.match(r"[a-z]+(\d+)", dtype)[1])
+    """Bits of an element: f32, bf16, f8e4m3fn, s4 and the like tell it themselves."""
+    width = re.match(r"[a-z]+(\d+)", dtype)
+    return int(width[1]) if width else 8 if dtype == "pred" else 0
 
 
 def triton_kernels(hlo: str) -> set[str]:
     """The names of the Pallas-Triton kernels a module calls."""
     calls = (line for line in hlo.splitlines() if 'custom_call_target="__gpu$xla.gpu.triton"' in line)
     return {match[1] for line in calls if (match := re.search(r'\bname = "([^"]+)"', line))}
+
+
+def constant_bytes(hlo: str) -> int:
+    """Bytes of the arrays written into the program."""
+    return sum(_bytes(match[1]) for match in re.finditer(r" = (\S+) constant\(", hlo))

@@ -5,7 +5,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxlab.core.plan import ptx
 from jaxlab.core.plan.hlo import Collective
 from jaxlab.core.plan.ptx import Kernel
 from jaxlab.core.plan.targets import Target
+from jaxlab.core.plan.targets import target as make_target
 from pallas_kernels import compat
 
 KINDS = ("parameters", "optimizer", "input", "cache")
@@ -29,7 +30,8 @@ class Plan:
     """What one device of `target` would hold, exchange and run.
 
     `bytes` has a key for each label used, "host" (arguments in pinned host memory), "outputs" (those that reuse no
-    donated argument), "temporaries" and "total" (device memory only). `notes` says what the numbers leave out.
+    donated argument), "temporaries" and "total" (device memory only), and "constants" where the program embeds a MiB or
+    more of them. `notes` says what the numbers leave out.
     """
 
     target: Target
@@ -99,12 +101,10 @@ def compile(
     )
     kinds = _kinds(labels, args, static)
     plain = not static and not _positions(donate_argnums, len(args))
-    jitted = (
-        fn
-        if plain and hasattr(fn, "lower")
-        else jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
-    )
-    with compat.tracing_for(mesh=target.mesh):
+    jitted: Any = fn
+    if not (plain and hasattr(fn, "lower")):
+        jitted = jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
+    with compat.tracing_for(mesh=target.mesh) if target.platform == "cuda" else nullcontext():
         lowered = jitted.lower(*args)
     compiled, modules = _compile(lowered, target)
     text = compiled.as_text()
@@ -112,10 +112,29 @@ def compile(
     sizes = _argument_bytes(args, kinds, static)
     sizes["outputs"] = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
     sizes["temporaries"] = memory.temp_size_in_bytes
+    constants = hlo_text.constant_bytes(text)
+    if constants >= 2**20:
+        sizes["constants"] = constants
     sizes["total"] = sum(size for kind, size in sizes.items() if kind != "host")
-    found = ptx.kernels(modules, hlo_text.triton_kernels(text))
-    notes = (target.note,) if target.note else ()
-    return Plan(target, sizes, hlo_text.collectives(text, target.mesh), found, text, notes)
+    kernels = ptx.kernels(modules, hlo_text.triton_kernels(text))
+    notes = [target.note] if target.note else []
+    to_host = memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
+    if to_host > 0:
+        notes.append(f"Besides its arguments the program leaves {to_host} bytes of outputs in host memory.")
+    if kernels and ptx.find_ptxas() is None:
+        notes.append("Registers and spills need ptxas: package nvidia-cuda-nvcc (extra 'aot'), or a CUDA toolkit.")
+    return Plan(target, sizes, hlo_text.collectives(text, target.mesh), kernels, text, tuple(notes))
+
+
+def kernels_of(fn: Callable[..., Any], *args: Any, gpu: str = "h100") -> tuple[Kernel, ...]:
+    """The Pallas-Triton kernels of `fn` compiled for one GPU, with their resources.
+
+    Args:
+      fn: a function of arrays.
+      *args: pytrees of arrays or `ShapeDtypeStruct`.
+      gpu: a preset.
+    """
+    return compile(fn, *args, target=make_target(gpu), labels=("input",) * len(args)).kernels
 
 
 def _positions(argnums: int | Sequence[int], count: int) -> frozenset[int]:
@@ -163,7 +182,7 @@ def _argument_bytes(args: tuple[Any, ...], kinds: list[Any], static: frozenset[i
         sizes.setdefault(kind, 0)
         for leaf in jax.tree.leaves(tree):
             size = _shard_bytes(leaf)
-            if leaf.sharding.memory_kind in ("pinned_host", "unpinned_host"):
+            if leaf.sharding.memory_kind == "pinned_host":
                 host += size
             else:
                 sizes[kind] += size

@@ -36,19 +36,20 @@ class Kernel:
 
 
 def kernels(texts: Iterable[str], names: Iterable[str]) -> tuple[Kernel, ...]:
-    """The kernels of some PTX modules that carry one of `names` (XLA appends `_1`, `_2` to later ones).
+    """The kernels of some PTX modules that carry one of `names`; several variants of one kernel share its name.
 
     Args:
       texts: PTX modules.
-      names: the names of the Pallas kernels; other entries are XLA's own fusions.
+      names: the names of the Pallas kernels; other entries are XLA's own fusions. XLA writes `_` for characters PTX
+        does not take, and appends `__1`, `__2` to later variants.
     """
-    wanted = set(names)
+    wanted = {re.sub(r"\W", "_", name): name for name in names}
     found = []
     for text in texts:
         for entry in _ENTRY.findall(text):
-            name = entry if entry in wanted else re.sub(r"_\d+$", "", entry)
-            if name in wanted:
-                found.append((name, entry, text))
+            plain = entry if entry in wanted else re.sub(r"_+\d+$", "", entry)
+            if plain in wanted:
+                found.append((wanted[plain], entry, text))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         used = list(pool.map(lambda item: _resources(item[2]).get(item[1], (None, None)), found))
     result = []
@@ -72,17 +73,14 @@ def find_ptxas() -> str | None:
 
 
 def _instructions(text: str, entry: str) -> dict[str, int]:
-    body = text[_start(text, entry) :]
+    """Opcode -> times it stands in the entry's body, the most frequent first."""
+    head = rf"\.entry\s+{re.escape(entry)}\s*\("
+    body = re.split(r"\n\{", re.split(head, text, maxsplit=1)[1], maxsplit=1)[1]
     counts: Counter[str] = Counter()
-    for line in body[: body.find("\n}")].splitlines()[1:]:
+    for line in body[: body.find("\n}")].splitlines():
         if not _LABEL_OR_DIRECTIVE.match(line) and (opcode := _OPCODE.match(line)):
             counts[opcode[1]] += 1
     return dict(counts.most_common())
-
-
-def _start(text: str, entry: str) -> int:
-    at = re.search(rf"\.entry\s+{re.escape(entry)}\s*\(", text).end()
-    return text.index("\n{", at) + 1
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,5 +1,7 @@
 """A plan as text."""
 
+from collections.abc import Sequence
+
 from jaxlab.core.plan.planning import Plan
 
 
@@ -52,7 +54,7 @@ def size_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """The first column to the left, the rest to the right, a rule below the first row."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     text = [

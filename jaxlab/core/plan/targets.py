@@ -134,6 +134,7 @@ def target(
         return Target(gpu, topology, mesh_over, shared, memory_factor)
     preset = GPUS[gpu]
     mesh_over = make_mesh(mesh or {"data": -1}, _gpu_devices(preset, topology))
+    _keep_memory_kinds(mesh_over)
     return Target(gpu, topology, mesh_over, preset.memory_bytes, memory_factor, preset.device_kind, preset.note)
 
 
@@ -145,6 +146,20 @@ def _gpu_devices(preset: GPU, topology: str) -> list[jax.Device]:
         "", platform="cuda", target_config=preset.description(), topology=topology
     )
     return list(description.devices)
+
+
+def _keep_memory_kinds(mesh: jax.sharding.Mesh) -> None:
+    """Lets `NamedSharding(mesh, spec, memory_kind="pinned_host")` remember its memory kind.
+
+    Described devices list no memories, so JAX has nothing to check a kind against and silently forgets it: arguments in
+    host memory would be planned as if they lay on the GPU. The device list that answers the check is therefore one of
+    CPU devices, which know the same kinds; compilation takes the devices from the mesh itself.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+    # A cached property in JAX 0.10; from 0.11 a property over this attribute.
+    name = "_cached_device_list" if hasattr(mesh, "_cached_device_list") else "_internal_device_list"
+    device_list = type(getattr(mesh, name))
+    object.__setattr__(mesh, name, device_list((cpu,) * mesh.size))
 
 
 def _require_gpu_compiler() -> None:
