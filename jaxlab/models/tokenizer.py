@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxlab.core.errors import require
-from jaxlab.models.pretrained import find_model
+from jaxlab.models.sources import find_model, locate
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """What the library needs of a tokenizer; those of transformers fit too."""
 
-    eos_token_id: int | None
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id that ends a text."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -119,7 +122,7 @@ class FastTokenizer:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
+        environment.globals.update(raise_exception=_raise)
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         text = environment.from_string(self.chat_template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
@@ -173,11 +176,12 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """
     if source == "bytes":
         return ByteTokenizer()
-    path = find_model(source)
-    if path.is_file():
-        return _from_gguf(path)
+    path = locate(source)
     if (path / "tokenizer.json").is_file():
         return _from_folder(path)
+    path = find_model(path)
+    if path.is_file():
+        return _from_gguf(path)
     if not any((path / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{path} has no tokenizer.json, tokenizer.model or vocab.json")
     return _by_transformers(path)
@@ -186,7 +190,10 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 def _by_transformers(folder: Path, **options: Any) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, **options
+    )
+    return tokenizer
 
 
 def _from_folder(folder: Path) -> Tokenizer:
@@ -243,7 +250,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     try:
         tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
         kinds = meta.get("tokenizer.ggml.token_type", [])
-        pairs = [tuple(merge.split(" ")) for merge in merges]
+        pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
         backend = _byte_level_bpe({token: index for index, token in enumerate(tokens)}, pairs, _SPLITS[pre])
         names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
         config = {
@@ -251,7 +258,7 @@ def _from_gguf(path: Path) -> Tokenizer:
             for name, short in names.items()
             if f"tokenizer.ggml.{name}_token_id" in meta
         }
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: the tokenizer in its metadata is damaged: {error!r}") from error
     backend.add_special_tokens([_special(token) for token, kind in zip(tokens, kinds) if kind == _CONTROL])
     backend.add_tokens([_plain(token) for token, kind in zip(tokens, kinds) if kind == _USER_DEFINED])
@@ -265,7 +272,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     return FastTokenizer(backend, config | {"chat_template": meta.get("tokenizer.chat_template")})
 
 
-def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, ...]], split: str | None = None) -> Any:
+def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], split: str | None = None) -> Any:
     """GPT-2's scheme: bytes as printable symbols, split by a pattern (None: GPT-2's), merged."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
