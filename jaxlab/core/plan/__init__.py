@@ -11,8 +11,21 @@ from their PTX and their registers from `ptxas`. GPUs need the extra `aot`; `tar
 """
 
 from jaxlab.core.plan.hlo import Collective
+from jaxlab.core.plan.hlo import collectives as collectives_of
 from jaxlab.core.plan.planning import KINDS, Plan, compile, kernels_of
 from jaxlab.core.plan.ptx import Kernel
 from jaxlab.core.plan.targets import GPUS, PRESETS, Target, target
 
-__all__ = ["GPUS", "KINDS", "PRESETS", "Collective", "Kernel", "Plan", "Target", "compile", "kernels_of", "target"]
+__all__ = [
+    "GPUS",
+    "KINDS",
+    "PRESETS",
+    "Collective",
+    "Kernel",
+    "Plan",
+    "Target",
+    "collectives_of",
+    "compile",
+    "kernels_of",
+    "target",
+]

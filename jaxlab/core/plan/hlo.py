@@ -221,5 +221,5 @@ def triton_kernels(hlo: str) -> set[str]:
 
 
 def constant_bytes(hlo: str) -> int:
-    """Bytes of the arrays written into the program."""
-    return sum(_bytes(match[1]) for match in re.finditer(r" = (\S+) constant\(", hlo))
+    """Bytes of the arrays (not single numbers) written into the program."""
+    return sum(_bytes(match[1]) for match in re.finditer(r" = (\w+\[\d[\d,]*\]\S*) constant\(", hlo))

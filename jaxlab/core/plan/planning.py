@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.interpreters import pxla
+from jax._src.sharding_impls import UNSPECIFIED
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab.core.plan import hlo as hlo_text
@@ -206,7 +208,7 @@ def _compile(lowered: Any, target: Target) -> tuple[Any, list[str]]:
     """The executable, and the PTX modules the compiler made on its way."""
     if target.platform == "cpu":
         return lowered.compile(), []
-    with tempfile.TemporaryDirectory() as folder, _no_cache_writes():
+    with tempfile.TemporaryDirectory() as folder, _lock, _no_cache_writes(), _outputs_as_compiled(target):
         # A program for absent devices cannot be read back from JAX's persistent cache, and XLA writes PTX only when it
         # compiles; the pattern is part of the cache key, so a unique one is never found there.
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": f"ptx|{uuid.uuid4().hex}"}
@@ -214,16 +216,35 @@ def _compile(lowered: Any, target: Target) -> tuple[Any, list[str]]:
         return compiled, [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
 
 
-_cache_lock = threading.RLock()
+_lock = threading.RLock()
 
 
 @contextmanager
 def _no_cache_writes() -> Iterator[None]:
     name = "jax_persistent_cache_min_compile_time_secs"
-    with _cache_lock:
-        before = getattr(jax.config, name)
-        jax.config.update(name, math.inf)
-        try:
-            yield
-        finally:
-            jax.config.update(name, before)
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+@contextmanager
+def _outputs_as_compiled(target: Target) -> Iterator[None]:
+    """Accepts the outputs' shardings as XLA made them.
+
+    JAX checks them against those asked for. For described devices, which list no memories, it forgets what memory kind
+    XLA chose, and would refuse every explicit `out_shardings`.
+    """
+    check = pxla._maybe_get_and_check_out_shardings
+
+    def unchecked(executable: Any, asked: Any, devices: Any, *rest: Any) -> Any:
+        described = devices[0] == target.mesh.devices.flat[0]
+        return check(executable, [UNSPECIFIED] * len(asked) if described else asked, devices, *rest)
+
+    pxla._maybe_get_and_check_out_shardings = unchecked
+    try:
+        yield
+    finally:
+        pxla._maybe_get_and_check_out_shardings = check

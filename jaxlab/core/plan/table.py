@@ -46,7 +46,7 @@ def render(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def size_text(size: float) -> str:
+def size_text(size: int | float) -> str:
     """Bytes in the unit that reads best: B, KiB, MiB or GiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(size) >= scale:

@@ -88,7 +88,7 @@ class Target:
     topology: str
     mesh: jax.sharding.Mesh
     memory_bytes: int
-    memory_factor: float = FITS_FACTOR
+    memory_factor: int | float = FITS_FACTOR
     device_kind: str = "cpu"
     note: str = field(default="", repr=False)
 
@@ -103,7 +103,7 @@ def target(
     topology: str = "1x1x1",
     mesh: Mapping[str, int] | None = None,
     *,
-    memory_factor: float = FITS_FACTOR,
+    memory_factor: int | float = FITS_FACTOR,
 ) -> Target:
     """A machine to compile for.
 
