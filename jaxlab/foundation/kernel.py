@@ -19,7 +19,7 @@ class KernelConfig:
       width: K, columns of the rows.
       ffn: N, columns of the result.
       repeats: timed calls of each implementation, in turn.
-      gpu: what the second table compiles for.
+      gpu: what the second table compiles for; none: no second table.
       gpu_shape: (M, K, N, G) of the second table.
     """
 
@@ -29,7 +29,7 @@ class KernelConfig:
     width: int = 128
     ffn: int = 88
     repeats: int = 7
-    gpu: str = "h100"
+    gpu: str | None = "h100"
     gpu_shape: tuple[int, int, int, int] = (4096, 512, 256, 8)
 
 
@@ -40,6 +40,7 @@ def run(config: KernelConfig) -> core.Report:
     """Times the implementations in turn on this CPU, and compiles the kernels for a GPU if the compiler is there."""
     import jax
     import numpy as np
+
     from pallas_kernels.grouped_matmul import grouped_matmul
 
     rows = config.tokens * config.top_k
@@ -104,10 +105,12 @@ def _on_gpu(config: KernelConfig) -> tuple[tuple[Any, ...], dict[str, float], tu
     """The same op compiled for a GPU that is not here, forward and both gradients; empty without the compiler."""
     import jax
     import jax.numpy as jnp
-    from pallas_kernels.grouped_matmul import grouped_matmul
 
     from jaxlab.core import plan
+    from pallas_kernels.grouped_matmul import grouped_matmul
 
+    if config.gpu is None:
+        return (), {}, ()
     try:
         target = plan.target(config.gpu)
     except core.MissingExtra as missing:
