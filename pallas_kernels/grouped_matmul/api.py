@@ -9,17 +9,21 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
-from pallas_kernels.grouped_matmul import ragged_dot, reference, xla
+from pallas_kernels.grouped_matmul import ragged_dot, reference, triton, xla
 
 _OP = "grouped_matmul"
 _FORWARD = {
     "reference": reference.rows_times_weights,
     "xla": xla.rows_times_weights,
+    "triton": triton.rows_times_weights,
+    "interpret": functools.partial(triton.rows_times_weights, interpret=True),
     "ragged_dot": ragged_dot.rows_times_weights,
 }
 _GRADIENT = {
     "reference": reference.weights_gradient,
     "xla": xla.weights_gradient,
+    "triton": triton.weights_gradient,
+    "interpret": functools.partial(triton.weights_gradient, interpret=True),
     "ragged_dot": ragged_dot.weights_gradient,
 }
 

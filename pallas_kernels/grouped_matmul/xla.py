@@ -6,7 +6,6 @@ Nothing larger than a tile is ever a temporary, and there is no gather and no sc
 alternatives on a CPU: a batched product over padded groups, one loop over all tiles, tiles gathered beforehand.)
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int

@@ -1,0 +1,210 @@
+"""Grouped matrix products as Pallas kernels on the Triton backend (NVIDIA, AMD).
+
+Two kernels. `rows_times_weights` serves the forward pass and the gradient of the rows: its work units are (group, tile
+of the group's rows), found by every program from the group sizes themselves, so nothing is prepared outside the kernel
+and no row is copied; the transposed weights are a matter of addresses. `weights_gradient` has one program for each tile
+of each group's matrix, which walks over the group's rows. Both accumulate in float32.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from pallas_kernels.dispatch import output_like
+
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of the tile that one program computes, and how it is run.
+
+    Attributes:
+      rows: rows of the result.
+      columns: columns of the result.
+      depth: how much of the contracted dimension one step of the loop takes.
+      warps: warps a program.
+      stages: tiles in flight in the software pipeline.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 3
+
+    def __post_init__(self):
+        for name in ("rows", "columns", "depth"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise ValueError(f"Tiles.{name} must be a power of two and at least 16, got {value}")
+        if self.warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"Tiles.warps must be 1, 2, 4, 8 or 16, got {self.warps}")
+        if self.stages < 1:
+            raise ValueError(f"Tiles.stages must be at least 1, got {self.stages}")
+
+
+def rows_times_weights(
+    rows: Float[Array, "m k"],
+    weights: Float[Array, "g k n"] | Float[Array, "g n k"],
+    group_sizes: Int[Array, " g"],
+    *,
+    transpose: bool,
+    dtype: DTypeLike,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "m n"]:
+    """Row i of group g gives `rows[i] @ weights[g]` (`weights[g].T` with `transpose`); rows of no group give zero."""
+    common = _check(rows, weights, interpret)
+    (m, k), groups = rows.shape, weights.shape[0]
+    n = weights.shape[1 if transpose else 2]
+    tiles = tiles or _fit(_ROWS_TILES[common.itemsize], rows=-(-m // groups), columns=n, depth=k)
+    # One unit for each tile of rows, one more for each group that ends inside a tile, and the rows of no group.
+    units = pl.cdiv(m, tiles.rows) + groups
+    return pl.pallas_call(
+        functools.partial(_rows_kernel, transpose=transpose, tiles=tiles, common=common),
+        out_shape=output_like((m, n), dtype, rows),
+        grid=(units * pl.cdiv(n, tiles.columns),),
+        compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="grouped_matmul_transposed" if transpose else "grouped_matmul",
+    )(rows, weights, group_sizes)
+
+
+def _rows_kernel(
+    rows_ref: Any, weights_ref: Any, sizes_ref: Any, out_ref: Any, *, transpose: bool, tiles: Tiles, common: Any
+) -> None:
+    (m, k), (_, n), groups = rows_ref.shape, out_ref.shape, weights_ref.shape[0]
+    column_tiles = pl.cdiv(n, tiles.columns)
+    # Neighbouring programs share their rows, then the matrix of their group.
+    unit, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
+
+    index, sizes = _load_sizes(sizes_ref)
+    heights = (sizes + (tiles.rows - 1)) // tiles.rows
+    group = jnp.sum((jnp.cumsum(heights) <= unit).astype(jnp.int32))
+    before = index < group
+    group_start = jnp.sum(jnp.where(before, sizes, 0))
+    first = group_start + (unit - jnp.sum(jnp.where(before, heights, 0))) * tiles.rows
+    # Units past the last group write the zeros of the rows that belong to none: no step, and the array as the end.
+    owned = group < groups
+    end = jnp.where(owned, group_start + jnp.sum(jnp.where(index == group, sizes, 0)), m)
+    steps = owned.astype(jnp.int32) * pl.cdiv(k, tiles.depth)
+    group = jnp.minimum(group, groups - 1)
+
+    row = first + jnp.arange(tiles.rows, dtype=jnp.int32)
+    column = column_tile * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
+    # Past the array the last row is loaded again, and its product never stored. (Only rows: an index that is clamped
+    # along contiguous memory would cost the wide loads.)
+    safe_row = jnp.minimum(row, m - 1)
+
+    def step(i, total):
+        depth = i * tiles.depth + jnp.arange(tiles.depth, dtype=jnp.int32)
+        left = _load(rows_ref, (safe_row[:, None], depth[None, :]), (depth[None, :], k))
+        where = (column[None, :], depth[:, None]) if transpose else (depth[:, None], column[None, :])
+        right = _load(weights_ref, (group, *where), (depth[:, None], k), (column[None, :], n))
+        return total + jnp.dot(left.astype(common), right.astype(common), preferred_element_type=jnp.float32)
+
+    total = lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
+    inside = (row[:, None] < end) & (column[None, :] < n)
+    plt.store(out_ref.at[row[:, None], column[None, :]], total.astype(out_ref.dtype), mask=inside)
+
+
+def weights_gradient(
+    rows: Float[Array, "m k"],
+    grads: Float[Array, "m n"],
+    group_sizes: Int[Array, " g"],
+    *,
+    dtype: DTypeLike,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "g k n"]:
+    """Group g gives `rows[of g].T @ grads[of g]`; an empty group gives zero."""
+    common = _check(rows, grads, interpret)
+    k, n, groups = rows.shape[1], grads.shape[1], group_sizes.shape[0]
+    tiles = tiles or _fit(_GRADIENT_TILES[common.itemsize], rows=k, columns=n, depth=-(-rows.shape[0] // groups))
+    return pl.pallas_call(
+        functools.partial(_gradient_kernel, tiles=tiles, common=common),
+        out_shape=output_like((groups, k, n), dtype, rows),
+        grid=(groups * pl.cdiv(k, tiles.rows) * pl.cdiv(n, tiles.columns),),
+        compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="grouped_matmul_weights_gradient",
+    )(rows, grads, group_sizes)
+
+
+def _gradient_kernel(rows_ref: Any, grads_ref: Any, sizes_ref: Any, out_ref: Any, *, tiles: Tiles, common: Any) -> None:
+    (m, k), (_, n) = rows_ref.shape, grads_ref.shape
+    row_tiles, column_tiles = pl.cdiv(k, tiles.rows), pl.cdiv(n, tiles.columns)
+    program = pl.program_id(0)
+    group = program // (row_tiles * column_tiles)
+    row = program // column_tiles % row_tiles * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
+    column = program % column_tiles * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
+
+    index, sizes = _load_sizes(sizes_ref)
+    start = jnp.sum(jnp.where(index < group, sizes, 0))
+    size = jnp.sum(jnp.where(index == group, sizes, 0))
+
+    def step(i, total):
+        # The rows of other groups, and of none, must not enter the sum even as NaN: both sides are masked.
+        depth = i * tiles.depth + jnp.arange(tiles.depth, dtype=jnp.int32)
+        at = jnp.minimum(start + depth, m - 1)
+        left = _load(rows_ref, (at[None, :], row[:, None]), (depth[None, :], size), (row[:, None], k))
+        right = _load(grads_ref, (at[:, None], column[None, :]), (depth[:, None], size), (column[None, :], n))
+        return total + jnp.dot(left.astype(common), right.astype(common), preferred_element_type=jnp.float32)
+
+    steps = (size + (tiles.depth - 1)) // tiles.depth
+    total = lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
+    inside = (row[:, None] < k) & (column[None, :] < n)
+    plt.store(out_ref.at[group, row[:, None], column[None, :]], total.astype(out_ref.dtype), mask=inside)
+
+
+def _load_sizes(sizes_ref: Any) -> tuple[Array, Array]:
+    """All group sizes and their indices, padded with empty groups to a power of two."""
+    index = jnp.arange(_power_of_two(sizes_ref.shape[0]), dtype=jnp.int32)
+    safe = jnp.minimum(index, sizes_ref.shape[0] - 1)
+    return index, plt.load(sizes_ref.at[safe], mask=index < sizes_ref.shape[0], other=0)
+
+
+def _load(ref: Any, where: tuple[Array, ...], *limits: tuple[Array, int | Array]) -> Array:
+    """Loads a tile; positions whose index is not below its limit give zero. Limits that always hold cost nothing."""
+    masks = [index < limit for index, limit in limits if not isinstance(limit, int) or limit % index.size]
+    if not masks:
+        return plt.load(ref.at[where])
+    return plt.load(ref.at[where], mask=functools.reduce(jnp.logical_and, masks), other=0)
+
+
+def _check(left: Array, right: Array, interpret: bool) -> Any:
+    """The dtype in which the products are taken; refuses what the kernels cannot do."""
+    common = jnp.promote_types(left.dtype, right.dtype)
+    if common not in _DTYPES:
+        raise NotImplementedError(f"the Triton kernels take bfloat16, float16 and float32, got {common}")
+    if interpret and jax.typeof(left).manual_axis_type.varying:
+        raise NotImplementedError("JAX interprets kernels under shard_map only with check_vma=False")
+    return common
+
+
+# By bytes of an element. What the compiler makes of them is in docs/kernels.md.
+_ROWS_TILES = {2: Tiles(128, 128, 64, warps=8, stages=3), 4: Tiles(128, 64, 32, warps=4, stages=3)}
+_GRADIENT_TILES = {2: Tiles(128, 128, 64, warps=8, stages=3), 4: Tiles(64, 64, 32, warps=4, stages=3)}
+
+
+def _fit(tiles: Tiles, *, rows: int, columns: int, depth: int) -> Tiles:
+    """Shrinks tiles to the problem: small groups and narrow matrices should not be padded to a full tile."""
+    return dataclasses.replace(
+        tiles,
+        rows=min(tiles.rows, max(16, _power_of_two(rows))),
+        columns=min(tiles.columns, max(16, _power_of_two(columns))),
+        depth=min(tiles.depth, max(16, _power_of_two(depth))),
+    )
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << max(value - 1, 0).bit_length()
