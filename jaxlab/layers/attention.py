@@ -1,8 +1,9 @@
-"""Self-attention of the decoder families: projections, q/k norms, rotary positions; how q meets k and v is passed in."""
+"""Self-attention of the decoder families: projections, q/k norms, rotary positions; what attends is passed in."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -62,8 +63,12 @@ class SelfAttention(nn.Module):
             names = ("embed", axis, "head_dim")
             return Linear((heads, self.head_dim), names, use_bias=self.qkv_bias, name=name, **policy)(x)
 
-        q, k = project("q", self.num_heads, "heads"), project("k", self.num_kv_heads, "kv_heads")
-        v = project("v", self.num_kv_heads, "kv_heads")
+        if self.has_variable("params", "qkv"):  # joined by `inference.decode_params`
+            kv_end = self.num_heads + self.num_kv_heads
+            q, k, v = jnp.split(project("qkv", kv_end + self.num_kv_heads, "heads"), (self.num_heads, kv_end), axis=2)
+        else:
+            q, k = project("q", self.num_heads, "heads"), project("k", self.num_kv_heads, "kv_heads")
+            v = project("v", self.num_kv_heads, "kv_heads")
         q, k = self._norm("q_norm", q, "heads"), self._norm("k_norm", k, "kv_heads")
         out, extra = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
         names = ("heads", "head_dim", "embed")

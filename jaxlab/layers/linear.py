@@ -36,13 +36,21 @@ class Linear(nn.Module):
         """Maps `[..., *inputs]` to `[..., *features]`."""
         inputs = x.shape[x.ndim - self.in_axes :]
         fan_in, fan_out = math.prod(inputs), math.prod(self.features)
+        lead = x.shape[: x.ndim - self.in_axes]
+        dtype = jnp.dtype(self.dtype or x.dtype)
+        out_dtype = jnp.dtype(self.out_dtype or dtype)
+        if self.has_variable("params", "kernel_t"):
+            # The form of `inference.decode_params`, [outputs, inputs]: few rows of x against it run at the speed of
+            # the memory on a CPU, if it stands on the left.
+            kernel_t = self.get_variable("params", "kernel_t").astype(dtype)
+            rows_of_x = x.astype(dtype).reshape(-1, fan_in)
+            contract = (((1,), (1,)), ((), ()))
+            y = jax.lax.dot_general(kernel_t, rows_of_x, contract, preferred_element_type=out_dtype).T
+            return self._biased(y.reshape(*lead, *self.features))
         init = nn.initializers.truncated_normal(self.init_scale / math.sqrt(fan_in))
         kernel = self.param(
             "kernel", nn.with_partitioning(init, self.names), (*inputs, *self.features), jnp.dtype(self.param_dtype)
         )
-        dtype = jnp.dtype(self.dtype or x.dtype)
-        out_dtype = jnp.dtype(self.out_dtype or dtype)
-        lead = x.shape[: x.ndim - self.in_axes]
         # Two flat matrices: XLA's CPU backend multiplies these without a copy, and the kernel's gradient, too. Under a
         # mesh the batch and sequence axes may be split, so there they stay apart.
         rows = (math.prod(lead),) if jax.sharding.get_abstract_mesh().empty else lead
@@ -51,8 +59,11 @@ class Linear(nn.Module):
             kernel.astype(dtype).reshape(fan_in, fan_out),
             (((len(rows),), (0,)), ((), ())),
             preferred_element_type=out_dtype,
-        ).reshape(*lead, *self.features)
+        )
+        return self._biased(y.reshape(*lead, *self.features))
+
+    def _biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
         if self.use_bias:
             bias_init = nn.with_partitioning(nn.initializers.zeros_init(), self.names[self.in_axes :])
-            y = y + self.param("bias", bias_init, self.features, jnp.dtype(self.param_dtype)).astype(out_dtype)
+            y = y + self.param("bias", bias_init, self.features, jnp.dtype(self.param_dtype)).astype(y.dtype)
         return y

@@ -1,6 +1,7 @@
 """The gated MLP of the decoder families (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -26,7 +27,11 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Float[Array, "*batch d"], *, train: bool = False) -> Float[Array, "*batch d"]:
         """Maps `[..., D]` to `[..., D]`; `train` is accepted for the MLP protocol and changes nothing."""
         policy = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        gate = Linear((self.features,), ("embed", "mlp"), name="gate", **policy)(x)
-        up = Linear((self.features,), ("embed", "mlp"), name="up", **policy)(x)
+        if self.has_variable("params", "gate_up"):  # joined by `inference.decode_params`
+            gate_up = Linear((2 * self.features,), ("embed", "mlp"), name="gate_up", **policy)(x)
+            gate, up = jnp.split(gate_up, 2, axis=-1)
+        else:
+            gate = Linear((self.features,), ("embed", "mlp"), name="gate", **policy)(x)
+            up = Linear((self.features,), ("embed", "mlp"), name="up", **policy)(x)
         down = Linear((x.shape[-1],), ("mlp", "embed"), init_scale=self.out_init_scale, name="down", **policy)
         return down(jax.nn.silu(gate) * up)

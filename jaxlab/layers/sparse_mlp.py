@@ -10,11 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.layers.linear import Linear
 from jaxlab.layers.mlp import GatedMLP
-
-try:
-    from pallas_kernels.grouped_matmul import grouped_matmul
-except ImportError:  # stand-in until the kernel's room opens
-    grouped_matmul = jax.lax.ragged_dot
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def route(

@@ -75,6 +75,7 @@ class Block(nn.Module):
     make_mlp: Callable[[DecoderConfig, bool], nn.Module]
 
     def setup(self):
+        """Makes the submodules."""
         config = self.config
         self.attn_norm = RMSNorm(config.rms_norm_eps, "embed", config.param_dtype)
         self.mlp_norm = RMSNorm(config.rms_norm_eps, "embed", config.param_dtype)
@@ -150,6 +151,7 @@ class Stack(nn.Module):
         block = Block(self.config, self.run.sparse, self.make_mlp, parent=None)
         layers = self.run.stop - self.run.start
         params = self._parameters(block, layers, x, cos, sin)
+        separate = "layer_0" in params  # one tree a layer, made by `inference.decode_params`
         rng = self.make_rng("mlp") if self.has_rng("mlp") else None
 
         def layer_step(carry, per_layer):
@@ -164,13 +166,16 @@ class Stack(nn.Module):
         if self.config.remat == "block" and cache is None:
             # Inside a scan nothing can be merged across iterations, so the barrier against it is not needed.
             layer_step = jax.checkpoint(layer_step, prevent_cse=not self.config.scan)
-        if self.config.scan and layers > 1:
+        if self.config.scan and layers > 1 and not separate:
             indices = jnp.arange(self.run.start, self.run.stop, dtype=jnp.int32)
             (x, cache), aux = jax.lax.scan(layer_step, (x, cache), (params, indices))
             return x, cache, aux
         reports = []
         for index in range(layers):
-            layer_params = jax.tree.map(lambda leaf: leaf[index], params)  # noqa: B023
+            if separate:
+                layer_params = params[f"layer_{index}"]
+            else:
+                layer_params = jax.tree.map(lambda leaf: leaf[index], params)  # noqa: B023
             (x, cache), aux = layer_step((x, cache), (layer_params, self.run.start + index))
             reports.append(aux)
         return x, cache, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
@@ -208,6 +213,7 @@ class Decoder(nn.Module):
     attention: Callable[..., Array] | None = None
 
     def setup(self):
+        """Makes the submodules."""
         config = self.config
         self.embed = nn.Embed(
             config.vocab_size,
