@@ -186,7 +186,8 @@ def _dequantise(rows: np.ndarray, kind: str) -> np.ndarray:
         raise NotImplementedError(f"GGUF type {kind} is not supported: {error}") from error
 
 
-# arch -> (Hugging Face family, with experts: family); only these were compared with their Hugging Face twins.
+# Architecture -> Hugging Face family without and with experts. `make parity` compares them with transformers' reading,
+# except Mixtral, which transformers does not read.
 _FAMILIES = {
     "llama": ("llama", "mixtral"),
     "qwen2": ("qwen2", None),

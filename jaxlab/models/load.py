@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ import numpy as np
 Select = tuple[slice, ...]
 
 
-class Tensors(Mapping[str, np.ndarray]):
+class Tensors:
     """Tensors by name, read when asked for. `where` names the file or folder in messages.
 
     Subclasses set `where` and `_entries` (by name) and give `shape`, `dtype` and `read`.
@@ -63,7 +63,7 @@ class Tensors(Mapping[str, np.ndarray]):
             raise KeyError(f"{self.where} has no tensor {name!r}")
         return self.read(name)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Tensors":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):

@@ -35,7 +35,7 @@ def load_pretrained(
     rules: Sequence[tuple[str, Any]] = DEFAULT_RULES,
     mlp: Callable[[DecoderConfig, bool], nn.Module] | None = None,
     **config_overrides: Any,
-) -> tuple[Decoder, Any]:
+) -> tuple[Any, Any]:
     """Loads a model from local files. Nothing is downloaded.
 
     Weights go tensor by tensor into their stacked, cast and (with a mesh) sharded place: the host holds the model
@@ -51,7 +51,8 @@ def load_pretrained(
         **config_overrides: fields of `DecoderConfig` to replace ("remat", "max_position_embeddings", "rope", ...).
 
     Returns:
-        The model and its parameters: `model.apply({"params": params}, tokens)`.
+        The model (a `Decoder`, or what the loader of a `jaxlab_format` makes) and its parameters:
+        `model.apply({"params": params}, tokens)`.
 
     Raises:
         FileNotFoundError: absent source, naming the places searched, or an absent shard.
@@ -98,8 +99,8 @@ def _override(config: DecoderConfig, changes: Mapping[str, Any]) -> DecoderConfi
     known = [field.name for field in dataclasses.fields(config)]
     for name in changes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"unknown configuration field {name!r}; nearest is {near[0] if near else known}")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise ValueError(f"unknown configuration field {name!r}; the nearest is {near!r}")
     return dataclasses.replace(config, **changes)
 
 

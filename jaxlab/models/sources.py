@@ -41,10 +41,9 @@ def _in_package(name: str) -> Path:
     found = sorted(path for path in files if path.suffix == ".gguf" and path.is_file())
     found = found or sorted(path.parent for path in files if path.name == "config.json" and path.is_file())
     if len(found) != 1:
-        places = sorted({str(path.parent) for path in files})
-        raise FileNotFoundError(
-            f"model 'package:{name}': expected one model in {places}, found {list(map(str, found))}"
-        )
+        held = [str(path) for path in found] or "none"
+        root = distribution.locate_file("")
+        raise FileNotFoundError(f"model 'package:{name}': expected one model among its files under {root}, got {held}")
     return found[0]
 
 

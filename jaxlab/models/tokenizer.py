@@ -122,10 +122,12 @@ class FastTokenizer:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals.update(raise_exception=_raise)
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         text = environment.from_string(self.chat_template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            raise_exception=_raise,
+            **self.special_tokens,
         )
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
@@ -242,8 +244,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 def _from_gguf(path: Path) -> Tokenizer:
     from jaxlab.models.gguf import GgufFile
 
-    with GgufFile(path) as file:
-        meta = file.metadata
+    meta = GgufFile(path).metadata
     pre = meta.get("tokenizer.ggml.pre", "default")
     if meta.get("tokenizer.ggml.model") != "gpt2" or pre not in _SPLITS:
         return _by_transformers(path.parent, gguf_file=path.name)

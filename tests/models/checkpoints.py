@@ -1,0 +1,32 @@
+"""Small checkpoints on disk, from the goldens."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+FOLDER = Path(__file__).parent / "goldens"
+
+
+def golden(name):
+    """config, tokens, weights, logits and gradients of one golden file."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        content = {"config": json.loads(str(file["config"])), "tokens": file["tokens"], "logits": file["logits"]}
+        for kind in ("weights", "gradients"):
+            content[kind] = {
+                key.removeprefix(f"{kind}/"): file[key] for key in file.files if key.startswith(f"{kind}/")
+            }
+    return content
+
+
+def write(folder, name="llama", change=None, dtype=np.float32):
+    """A Hugging Face folder; `change(weights)` may edit the weights first."""
+    made = golden(name)
+    weights = {key: np.ascontiguousarray(value, dtype) for key, value in made["weights"].items()}
+    if change:
+        change(weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(made["config"]))
+    save_file(weights, str(folder / "model.safetensors"))
+    return folder
