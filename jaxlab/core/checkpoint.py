@@ -63,7 +63,7 @@ class Checkpointer:
         """The newest finished step, or None. Steps whose saving was cut off do not count."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, extra: Any = None) -> None:
+    def save(self, step: int | np.integer, state: Any, extra: Any = None) -> None:
         """Saves `state` as `step`, and removes the oldest steps beyond `keep`. A step saved before is replaced.
 
         Args:
@@ -229,9 +229,10 @@ def _as_wanted(name: str, raw: Any, entry: Mapping[str, Any], like: Any) -> Any:
     """The leaf in the form of `like`. What is not committed to a device there is not committed here."""
     if type(like) in _SCALARS:
         return entry["value"]
-    if raw is None:
-        value = entry["value"] if entry["kind"] == "scalar" else 0
-        raw = np.full(like.shape + ((0,) if _is_key(like) else ()), value, np.uint32 if _is_key(like) else like.dtype)
+    if raw is None and _is_key(like):
+        raw = np.zeros((*like.shape, *like.dtype._impl.key_shape), np.uint32)
+    elif raw is None:
+        raw = np.full(like.shape, entry.get("value", 0), like.dtype)
     if isinstance(like, np.generic):
         return raw[()]
     if isinstance(like, np.ndarray):
@@ -296,7 +297,7 @@ def _check_leaves(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: st
 def _scalar_as(entry: Mapping[str, Any], like: Any) -> Any:
     """A saved Python number may be wanted as a zero-dimensional array of its kind, as `jax.eval_shape` describes it."""
     kind = {"int": jnp.integer, "float": jnp.floating, "bool": jnp.bool_}.get(entry["dtype"])
-    fits = kind is not None and not _is_key(like) and jnp.issubdtype(like.dtype, kind)
+    fits = kind is not None and like.shape == () and jnp.issubdtype(like.dtype, kind)
     return ((), str(like.dtype)) if fits else f"Python {entry['dtype']}"
 
 

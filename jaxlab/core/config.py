@@ -44,7 +44,7 @@ def load_config(cls: type[T], path: str | os.PathLike | None = None, overrides: 
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ValueError(f"override {override!r}: expected 'a.b=value'")
-        _set(tree, cls, dataclasses.MISSING, key.split("."), _parse(text, override), key)
+        _set(tree, cls, dataclasses.MISSING, key.split("."), _parse(text), key)
         texts = {other: kept for other, kept in texts.items() if not other.startswith(key + ".")} | {key: text}
     return _build(cls, _resolve(tree), "", texts)
 
@@ -80,7 +80,8 @@ def _read(path: Path) -> dict[Any, Any]:
     return tree
 
 
-def _parse(text: str, override: str) -> Any:
+def _parse(text: str) -> Any:
+    """What follows the `=`; what is no YAML is text."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -88,8 +89,8 @@ def _parse(text: str, override: str) -> Any:
         return ""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except YAMLError as error:
-        raise ValueError(f"override {override!r}: expected YAML after '=': {error}") from error
+    except YAMLError:
+        return text
 
 
 def _resolve(tree: dict[Any, Any]) -> dict[Any, Any]:

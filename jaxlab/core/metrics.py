@@ -1,10 +1,13 @@
 """Numbers over steps: JSON lines for programs, TensorBoard for eyes."""
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxlab.core import distributed, jsonl
 
@@ -26,7 +29,7 @@ class MetricsLogger:
         self._writer: Any = None
         self._resumed = False
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int | np.integer, values: Mapping[str, Any]) -> None:
         """Adds the values of one step.
 
         Args:
@@ -46,7 +49,7 @@ class MetricsLogger:
             self._writer.add_scalar(name, number, step)
 
     def close(self) -> None:
-        """Flushes the TensorBoard events. Logging after it is an error only of TensorBoard's view, so don't."""
+        """Flushes the TensorBoard events; the lines are on the disk already. Nothing may be logged after it."""
         if self._writer is not None:
             self._writer.close()
 
@@ -57,11 +60,22 @@ class MetricsLogger:
         self.close()
 
     def _supersede(self, step: int, names: set[str]) -> None:
-        from tensorboardX import SummaryWriter
-
         rows = jsonl.read(self.path)
         kept = [row for row in rows if row["step"] < step or (row["step"] == step and not names & row.keys())]
         if len(kept) < len(rows):
             jsonl.rewrite(self.path, kept)
-        self._writer = SummaryWriter(str(self.folder), purge_step=step if len(kept) < len(rows) else None)
+        self._writer = _summary_writer()(str(self.folder), purge_step=step if len(kept) < len(rows) else None)
         self._resumed = True
+
+
+def _summary_writer() -> Any:
+    """The writer of tensorboardX. It would import torch where it can, for drawings that nobody asks for here."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyrefly: ignore  # makes `import torch` an ImportError
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter

@@ -1,5 +1,6 @@
 """One progress bar for everything that takes longer than two seconds."""
 
+import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -33,7 +34,7 @@ def progress(iterable: Iterable[T], label: str, total: float | None = None) -> I
         for done, item in enumerate(iterable):
             if bar is None and time.monotonic() - started > _PATIENCE_S and distributed.is_main():
                 bar = _bar()
-                task = bar.add_task(label, total=total)
+                task = bar.add_task(label, total=total, rate="", left="")
                 bar.start()
             if bar is not None:
                 seconds = time.monotonic() - started
@@ -47,8 +48,15 @@ def progress(iterable: Iterable[T], label: str, total: float | None = None) -> I
             bar.stop()
 
 
-def _bar() -> Any:
+@functools.cache
+def _console() -> Any:
+    """One console for all bars: a bar inside another's loop is then drawn below it."""
     from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
@@ -58,7 +66,7 @@ def _bar() -> Any:
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TextColumn("left {task.fields[left]}"),
-        console=Console(stderr=True),
+        console=_console(),
     )
 
 

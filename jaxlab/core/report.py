@@ -21,7 +21,7 @@ class Report:
     Attributes:
       system: the system's name, as in `jaxlab <system>`.
       title: one line for a reader.
-      metrics: name -> number or short text.
+      metrics: name -> number (Python's, numpy's, or a JAX scalar) or short text.
       tables: (title, column names, rows) each; cells are numbers, text, booleans or None.
       plots: (title, matplotlib figure or PNG bytes) each.
       notes: sentences for the reader: what was measured, what was not.
@@ -30,7 +30,7 @@ class Report:
 
     system: str
     title: str
-    metrics: Mapping[str, float | str]
+    metrics: Mapping[str, Any]
     tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = ()
     plots: Sequence[tuple[str, Any]] = ()
     notes: Sequence[str] = ()
