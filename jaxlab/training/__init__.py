@@ -1,16 +1,16 @@
 """Training of language models: batches of real text, losses as sums, the step, the loop, and a whole run.
 
-import jax
-from jaxlab.models import ByteTokenizer
-from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
-from jaxlab.training import OptimizerConfig, TrainState, fit, lm_loss, make_train_step, optimizer, text_batches
+    import jax
+    from jaxlab.models import ByteTokenizer
+    from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
+    from jaxlab.training import OptimizerConfig, TrainState, fit, lm_loss, make_train_step, optimizer, text_batches
 
-model = Decoder(DecoderConfig(vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                              num_attention_heads=4, num_key_value_heads=2))
-tx = optimizer(OptimizerConfig(learning_rate=3e-3))
-state = TrainState.create(init_params(model, jax.random.key(0)), tx, jax.random.key(1))
-batches = text_batches("python-stdlib", ByteTokenizer(), batch_size=8, length=64)
-state = fit(state, make_train_step(lm_loss(model), tx), batches, steps=20)
+    model = Decoder(DecoderConfig(vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2))
+    tx = optimizer(OptimizerConfig(learning_rate=3e-3))
+    state = TrainState.create(init_params(model, jax.random.key(0)), tx, jax.random.key(1))
+    batches = text_batches("python-stdlib", ByteTokenizer(), batch_size=8, length=64)
+    state = fit(state, make_train_step(lm_loss(model), tx), batches, steps=20)
 """
 
 from jaxlab.training.loop import fit

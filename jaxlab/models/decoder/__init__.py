@@ -1,13 +1,13 @@
 """One decoder for the Llama, SmolLM2, Qwen2/2.5/3, Mixtral, Qwen-MoE, OLMoE and DeepSeek-MoE families.
 
-import jax, jax.numpy as jnp
-from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
+    import jax, jax.numpy as jnp
+    from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
 
-config = DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=2)
-model = Decoder(config)
-params = init_params(model, jax.random.key(0))
-logits = model.apply({"params": params}, jnp.zeros((1, 8), jnp.int32)).logits
+    config = DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2)
+    model = Decoder(config)
+    params = init_params(model, jax.random.key(0))
+    logits = model.apply({"params": params}, jnp.zeros((1, 8), jnp.int32)).logits
 """
 
 from jaxlab.models.decoder.cache import Cache, KVCache
