@@ -15,7 +15,7 @@ author = "the jaxlab authors"
 project_copyright = "the jaxlab authors, Apache-2.0"
 version = release = jaxlab.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "public_api"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "docstrings", "public_api"]
 exclude_patterns = ["_build", "_ext", "evidence", "**.ipynb_checkpoints"]
 templates_path: list[str] = []
 
@@ -32,6 +32,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_param = False
+napoleon_use_ivar = True
 default_role = "code"
 add_module_names = False
 python_maximum_signature_line_length = 88

@@ -83,7 +83,8 @@ def _entry(module: ModuleType, name: str) -> str:
         return f".. {kind}:: {module.__name__}.{name}\n{options}"
     if inspect.isroutine(value) or hasattr(value, "__wrapped__"):
         return f".. autofunction:: {module.__name__}.{name}\n"
-    return f".. autodata:: {module.__name__}.{name}\n   :no-value:\n"
+    hidden = "   :no-value:\n" if len(repr(value)) > 200 else ""
+    return f".. autodata:: {module.__name__}.{name}\n{hidden}"
 
 
 def generate(folder: Path) -> None:
