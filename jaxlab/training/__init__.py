@@ -1,5 +1,6 @@
 """Training of language models: batches of real text, losses as sums, the step, the loop, and a whole run.
 
+Example:
     import jax
     from jaxlab.models import ByteTokenizer
     from jaxlab.models.decoder import Decoder, DecoderConfig, init_params

@@ -1,5 +1,6 @@
 """One decoder for the Llama, SmolLM2, Qwen2/2.5/3, Mixtral, Qwen-MoE, OLMoE and DeepSeek-MoE families.
 
+Example:
     import jax, jax.numpy as jnp
     from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
 
