@@ -348,7 +348,7 @@ ENTRY %main (p: bf16[64,8], s: (s32[], f32[4]), f: f8e4m3fn[32]) -> bf16[16,8] {
   %start = ((bf16[64,8]{1,0}), bf16[16,8]{1,0}) async-start(%p), calls=%wrapped
   %loop = (s32[], f32[4]{0}) while(%s), body=%body, backend_config={"known_trip_count":{"n":"7"}}
   %open = (s32[], f32[4]{0}) while(%loop), condition=%cond, body=%body
-  %ag = (f8e4m3fn[32], f8e4m3fn[128]) all-gather-start(%f), replica_groups=mesh['a'=4,'b'=4], device_ids=([2,4,2]T(1,0,2)) {'a'}
+  %ag = (u8[32], u8[128]) all-gather-start(%f), replica_groups=mesh['a'=4,'b'=4], device_ids=([2,4,2]T(1,0,2)) {'a'}
   %ag.done = f8e4m3fn[128]{0} all-gather-done(%ag)
   %part = f8e4m3fn[64]{0} all-gather(%f), replica_groups=mesh['x'=2,'y'=4,'z'=2] {'y':(2)2}, dimensions={0}
   %two = f8e4m3fn[128]{0} all-gather(%f), replica_groups=mesh['x'=2,'y'=4,'z'=2] {'x','y':(1)2}, dimensions={0}
