@@ -89,7 +89,7 @@ def shardings(abstract: Any, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_R
 
     def of_leaf(leaf: Any) -> NamedSharding:
         names = getattr(leaf, "names", None) if _is_box(leaf) else None
-        value = nn.meta.unbox(leaf)
+        (value,) = jax.tree.leaves(leaf)  # a box's own `unbox` would constrain it to the mesh in force
         spec = _spec(names or (), tuple(np.shape(value)), mesh, rules)
         return NamedSharding(mesh, spec)
 
