@@ -57,7 +57,7 @@ def plan(config: TrainConfig, target: "Target") -> "Plan":
     mesh = target.mesh
     shards = batch_sharding(mesh, (config.batch_size, config.length)).num_devices
     loss = lm_loss(Decoder(config.model), shards=shards)
-    tx = optimizer(config.optimizer)
+    tx = _optimizer(config)
     names = loss.abstract_params()
     params = jax.eval_shape(lambda tree: tree, _unboxed(names))
     state = jax.eval_shape(lambda tree: TrainState.create(tree, tx, jax.random.key(0)), params)
@@ -73,6 +73,13 @@ def plan(config: TrainConfig, target: "Target") -> "Plan":
     kinds = TrainState(step="optimizer", params="parameters", opt_state="optimizer", rng="optimizer")
     step = jax.jit(update_function(loss, tx, config.accumulate), donate_argnums=0, out_shardings=(where, None))
     return compile(step, state, batch, target=target, labels=(kinds, "input"))
+
+
+def _optimizer(config: TrainConfig) -> Any:
+    """The run's optimiser; its schedule spans the run unless it says otherwise."""
+    from jaxlab.training import optimizer
+
+    return optimizer(dataclasses.replace(config.optimizer, steps=config.optimizer.steps or config.steps))
 
 
 def _unboxed(names: Any) -> Any:
@@ -101,7 +108,7 @@ def _run(config: FoundationConfig, folder: Path) -> core.Report:
     params = init_params(model, core.named_key(jax.random.key(config.seed), "params"))
     before = sample(params)
     told = train(config, folder)
-    tx = optimizer(config.optimizer)
+    tx = _optimizer(config)
     like = TrainState.create(params, tx, jax.random.key(config.seed))
     state, _ = core.Checkpointer(folder / "checkpoints").restore(jax.eval_shape(lambda: like))
     after = sample(state.params)
