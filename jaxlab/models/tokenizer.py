@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
         """Ids of a text."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[Any]) -> str:
         """Text of ids."""
         ...
 
@@ -39,7 +39,7 @@ class ByteTokenizer:
         """The bytes of a text."""
         return list(text.encode("utf-8"))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[Any]) -> str:
         """The text of bytes; bos and eos are left out, bytes that are not UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids if int(i) < 256).decode("utf-8", errors="replace")
 
@@ -99,7 +99,7 @@ class FastTokenizer:
         """Ids of a text, with the start token of models that want one."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Iterable[Any], *, skip_special_tokens: bool = True) -> str:
         """Text of ids, without special tokens unless asked for."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 

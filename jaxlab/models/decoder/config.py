@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+Number = float | int
+"""What a float field takes; it is kept as a float."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -46,17 +48,17 @@ class RopeConfig:
             head_dim / 2. None = all three position streams are one.
     """
 
-    rope_theta: float = 10000.0
+    rope_theta: Number = 10000.0
     rope_type: str = "default"
-    factor: float = 1.0
+    factor: Number = 1.0
     original_max_position_embeddings: int | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    low_freq_factor: Number = 1.0
+    high_freq_factor: Number = 4.0
+    beta_fast: Number = 32.0
+    beta_slow: Number = 1.0
+    attention_factor: Number | None = None
+    mscale: Number | None = None
+    mscale_all_dim: Number | None = None
     truncate: bool = True
     mrope_section: tuple[int, ...] | None = None
 
@@ -97,7 +99,7 @@ class MoESpec:
     shared_gate: bool = False
     renormalise: bool = False
     scoring: str = "softmax"
-    scale: float = 1.0
+    scale: Number = 1.0
     sparse_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
@@ -157,7 +159,7 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int | None = None
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: Number = 1e-5
     rope: RopeConfig = RopeConfig()
     tie_word_embeddings: bool = False
     qkv_bias: bool = False

@@ -86,8 +86,10 @@ def _rope_from_hf(hf: Mapping[str, Any], default_theta: float) -> RopeConfig:
     if unknown and rope_type in ROPE_TYPES:
         raise NotImplementedError(f"rope: unknown parameters {unknown} for rope_type {rope_type!r}")
     values = {key: value for key, value in given.items() if key in known and value is not None}
-    if rope_type in ("default",) and "mrope_section" not in values:
-        values = {"rope_theta": values["rope_theta"]}
+    if rope_type == "default":  # a factor that is left over scales nothing
+        values = {key: value for key, value in values.items() if key in ("rope_theta", "mrope_section")}
+    if "mrope_section" in values:
+        values["mrope_section"] = tuple(values["mrope_section"])
     if rope_type == "yarn" and "factor" not in values and values.get("original_max_position_embeddings"):
         values["factor"] = hf["max_position_embeddings"] / values["original_max_position_embeddings"]
     if values.get("original_max_position_embeddings") is None and hf.get("original_max_position_embeddings"):
