@@ -4,10 +4,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from jaxlab import core
-from jaxlab.training import TrainConfig
+from jaxlab.training import TrainConfig, plan
 
 if TYPE_CHECKING:
     from jaxlab.core.plan import Plan
+
+
+_KINDS = ("parameters", "optimizer", "temporaries", "input", "outputs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,22 +37,21 @@ def run(config: LayoutsConfig) -> core.Report:
     import jax
 
     from jaxlab.core.plan import target
-    from jaxlab.foundation.recipe import plan
-    from jaxlab.models.decoder import Decoder
-    from jaxlab.training import lm_loss
+    from jaxlab.models.decoder import Decoder, abstract_params
 
     plans = {
         _layout(mesh): plan(config, target(config.gpu, config.topology, mesh))
         for mesh in core.progress(config.meshes, "compiling")
     }
     layout, told = next(iter(plans.items()))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(lm_loss(Decoder(config.model)).abstract_params()))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(Decoder(config.model))))
     devices = told.target.mesh.size
     collectives = [
-        (item.op, ", ".join(item.axes), item.count, item.bytes / 2**20, item.bytes * item.count / 2**20)
-        for item in told.collectives
+        (item.op, ", ".join(item.axes), item.count, item.bytes / 2**20, item.bytes * item.count / 2**30)
+        for item in sorted(told.collectives, key=lambda item: -item.bytes * item.count)
+        if item.bytes * item.count >= 2**20
     ]
-    kinds = sorted({kind for made in plans.values() for kind in made.bytes} - {"total", "host"})
+    kinds = [kind for kind in _KINDS if any(made.bytes.get(kind) for made in plans.values())]
     rows = [
         (name, *(made.bytes.get(kind, 0) / 2**30 for kind in kinds), made.bytes["total"] / 2**30, made.fits)
         for name, made in plans.items()
@@ -67,8 +69,8 @@ def run(config: LayoutsConfig) -> core.Report:
         tables=(
             ("GiB on one device, by layout", ("layout", *kinds, "total", "fits"), rows),
             (
-                f"Collectives of one step, {layout}",
-                ("operation", "over", "times", "MiB each", "MiB in all"),
+                f"Collectives of one step, {layout}; those below 1 MiB left out",
+                ("operation", "over", "times", "MiB each", "GiB in all"),
                 collectives,
             ),
         ),
@@ -98,7 +100,9 @@ def _stacks(plans: "dict[str, Plan]", kinds: list[str]) -> Any:
     target = plans[names[0]].target
     limit = target.memory_factor * target.memory_bytes / 2**30
     axes.axvline(limit, color=RED, linestyle="--", linewidth=1.4)
-    axes.text(limit, len(names) - 0.42, f" {limit:.0f} GiB usable", color=RED, fontsize=9, ha="right", va="bottom")
+    axes.text(limit, len(names) - 0.5, f"{limit:.0f} GiB usable ", color=RED, fontsize=9, ha="right", va="top")
+    for index, total in enumerate(left):
+        axes.text(total, index, f" {total:.1f} GiB", va="center", fontsize=9)
     axes.set_xlabel("GiB on one device")
     axes.grid(visible=False, axis="y")
     axes.legend(frameon=False, ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.5, -0.2))
