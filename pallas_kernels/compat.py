@@ -10,8 +10,13 @@ import jax
 from jax.experimental import compute_on as _compute_on
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
-# From JAX 0.11 every lowering of a Triton kernel warns that the backend will go: nothing a user can act on.
-warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+def silence_triton_deprecation() -> None:
+    """Hides what JAX >= 0.11 says at every lowering of a Triton kernel (no user can act on it), and nothing else."""
+    warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+
+silence_triton_deprecation()
 
 # What a kernel is traced for when neither a device nor a plan says otherwise.
 DEFAULT_DEVICE_KIND = {"cuda": "NVIDIA H100 80GB HBM3", "rocm": "gfx90a"}
@@ -73,5 +78,5 @@ def compute_on(
     Returns:
       The wrapped function. (A context manager in 0.10, where `compute_on2` had today's signature.)
     """
-    wrap = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
+    wrap: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
     return wrap(fn, compute_type=compute_type, out_memory_spaces=out_memory_spaces)

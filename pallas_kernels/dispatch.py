@@ -34,7 +34,7 @@ Implementation = str | Sequence[str] | None
 class NoImplementation(ExceptionGroup, NotImplementedError):
     """No implementation asked for can run; `exceptions` holds the reason of each."""
 
-    def derive(self, excs: Sequence[Exception]) -> "NoImplementation":
+    def derive(self, excs: Any, /) -> Any:
         """Keeps the class when `except*` splits the group."""
         return NoImplementation(self.message, excs)
 
@@ -103,9 +103,8 @@ def dispatch(
     if len(leaders) == 1:
         return branch(None, *args)
     branches = {order: functools.partial(branch, platform) for order, platform in leaders.items()}
-    chosen = {platform: branches[order] for platform, order in orders.items()}
-    default = chosen.pop(None)
-    return jax.lax.platform_dependent(*args, default=default, **chosen)
+    chosen = {platform: branches[order] for platform, order in orders.items() if platform is not None}
+    return jax.lax.platform_dependent(*args, default=branches[orders[None]], **chosen)
 
 
 def check_names(
@@ -164,10 +163,11 @@ class _Request:
             if platform is not None and not _serves(name, platform)
         ]
         where = "" if platform is None else f" on platform {platform!r}"
+        every = [*unable, *reasons]
         return NoImplementation(
-            f"{self.op}: implementation {', '.join(map(repr, self.asked))} cannot run{where}; "
-            f"names to try instead: {', '.join(others) or 'none'}",
-            [*unable, *reasons],
+            f"{self.op}: implementation {', '.join(map(repr, self.asked))} cannot run{where} "
+            f"({'; '.join(map(str, every))}); names to try instead: {', '.join(others) or 'none'}",
+            every,
         )
 
 

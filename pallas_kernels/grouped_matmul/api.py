@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Integer
 
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
 from pallas_kernels.grouped_matmul import ragged_dot, reference, triton, xla
@@ -31,7 +31,7 @@ _GRADIENT = {
 def grouped_matmul(
     lhs: Float[Array, "m k"],
     rhs: Float[Array, "g k n"],
-    group_sizes: Int[Array, " g"],
+    group_sizes: Integer[Array, " g"],
     *,
     preferred_element_type: DTypeLike | None = None,
     implementation: Implementation = None,
