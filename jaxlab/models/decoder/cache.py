@@ -65,6 +65,10 @@ class KVCache:
         """Positions a row can hold."""
         return self.k.shape[2]
 
+    def take(self, rows: Int[Array, " r"]) -> "KVCache":
+        """The cache whose row i is row `rows[i]` of this one: the samples of one prompt start from it."""
+        return KVCache(self.k[:, rows], self.v[:, rows])
+
     def attend(
         self,
         layer: Any,

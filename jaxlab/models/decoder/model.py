@@ -172,10 +172,8 @@ class Stack(nn.Module):
             return x, cache, aux
         reports = []
         for index in range(layers):
-            if separate:
-                layer_params = params[f"layer_{index}"]
-            else:
-                layer_params = jax.tree.map(lambda leaf: leaf[index], params)  # noqa: B023
+            stacked = None if separate else jax.tree.map(lambda leaf: leaf[index], params)  # noqa: B023
+            layer_params = params[f"layer_{index}"] if separate else stacked
             (x, cache), aux = layer_step((x, cache), (layer_params, self.run.start + index))
             reports.append(aux)
         return x, cache, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
