@@ -352,6 +352,7 @@ ENTRY %main (p: bf16[64,8], s: (s32[], f32[4]), f: f8e4m3fn[32]) -> bf16[16,8] {
   %ag.done = f8e4m3fn[128]{0} all-gather-done(%ag)
   %part = f8e4m3fn[64]{0} all-gather(%f), replica_groups=mesh['x'=2,'y'=4,'z'=2] {'y':(2)2}, dimensions={0}
   %two = f8e4m3fn[128]{0} all-gather(%f), replica_groups=mesh['x'=2,'y'=4,'z'=2] {'x','y':(1)2}, dimensions={0}
+  %two_of = (f8e4m3fn[32], f8e4m3fn[32]) all-reduce(%f, /*index=1*/%f), replica_groups=[4,4]<=[16], to_apply=%add
   %cp = f8e4m3fn[32]{0} collective-permute(%f), source_target_pairs={{0,8},{8,0}}
   %whole = f8e4m3fn[32]{0} all-reduce(%f), replica_groups={}, to_apply=%add
   ROOT %done = bf16[16,8]{1,0} async-done(%start), calls=%wrapped
@@ -370,6 +371,7 @@ def test_every_form_of_groups_is_read():
         ("all-gather", ("expert",), 128): 1,
         ("all-gather", ("expert",), 64): 1,
         ("all-gather", ("node", "expert"), 128): 1,
+        ("all-reduce", ("expert", "tensor"), 64): 1,
         ("collective-permute", ("node",), 32): 1,
         ("all-reduce", ("node", "expert", "tensor"), 32): 1,
     }

@@ -117,7 +117,7 @@ def _executions(entry: str, computations: dict[str, list[_Instruction]]) -> dict
     def visit(name: str, factor: int) -> None:
         times[name] += factor
         for instruction in computations[name]:
-            if instruction.opcode in ("async-update", "async-done", "fusion"):
+            if instruction.opcode in ("async-update", "async-done"):
                 continue
             known = _TRIPS.search(instruction.attributes) if instruction.opcode == "while" else None
             inner = factor * (int(known[1]) if known else 1)
@@ -193,8 +193,8 @@ def _axes(groups: list[list[int]], mesh: jax.sharding.Mesh) -> tuple[str, ...]:
 
 
 def _size(op: str, instruction: _Instruction, types: dict[str, str], groups: list[list[int]]) -> int:
-    operands = [part.strip().split(" ")[-1].lstrip("%") for part in instruction.operands.split(",")]
-    sizes = [_bytes(types.get(name, "")) for name in operands if name in types]
+    operands = re.findall(r"%([\w.\-$]+)", instruction.operands)
+    sizes = [_bytes(types[name]) for name in operands]
     if op == "ragged-all-to-all":
         return sizes[0]
     return sum(sizes) * (len(groups[0]) if op == "all-gather" else 1)
