@@ -3,6 +3,8 @@
 All of them are plain JAX: they run under `jit`, `vmap` and `grad`, in float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,10 @@ _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004, "Image qual
 
 
 def mse(
-    a: Num[Array, "*b h w c"], b: Num[Array, "*b h w c"], *, mask: Bool[Array, "*b h w"] | None = None
+    a: Num[Array | np.ndarray, "*b h w c"],
+    b: Num[Array | np.ndarray, "*b h w c"],
+    *,
+    mask: Bool[Array | np.ndarray, "*b h w"] | None = None,
 ) -> Float[Array, "*b"]:
     """The mean squared difference over pixels and channels.
 
@@ -26,12 +31,12 @@ def mse(
 
 
 def psnr(
-    a: Num[Array, "*b h w c"],
-    b: Num[Array, "*b h w c"],
+    a: Num[Array | np.ndarray, "*b h w c"],
+    b: Num[Array | np.ndarray, "*b h w c"],
     *,
     data_range: float = 1.0,
     per_channel: bool = False,
-    mask: Bool[Array, "*b h w"] | None = None,
+    mask: Bool[Array | np.ndarray, "*b h w"] | None = None,
     cap: float | None = 100.0,
 ) -> Float[Array, "*b"]:
     """Peak signal-to-noise ratio in dB.
@@ -57,12 +62,12 @@ def psnr(
 
 
 def ssim(
-    a: Num[Array, "*b h w c"],
-    b: Num[Array, "*b h w c"],
+    a: Num[Array | np.ndarray, "*b h w c"],
+    b: Num[Array | np.ndarray, "*b h w c"],
     *,
     data_range: float = 1.0,
     border: str = "zero",
-    mask: Bool[Array, "*b h w"] | None = None,
+    mask: Bool[Array | np.ndarray, "*b h w"] | None = None,
 ) -> Float[Array, "*b"]:
     """Structural similarity, Wang et al. 2004: Gaussian window 11x11 with sigma 1.5, K1 = 0.01, K2 = 0.03.
 
@@ -84,21 +89,26 @@ def ssim(
     needed = {"zero": 1, "reflect": _WINDOW // 2 + 1, "valid": _WINDOW}[border]
     if min(a.shape[-3:-1]) < needed:
         raise ValueError(f"a: border {border!r} needs height and width of at least {needed}, got {a.shape[-3:-1]}")
+    return _ssim(a, b, data_range, border)
+
+
+@functools.partial(jax.jit, static_argnames="border")
+def _ssim(a: Array, b: Array, data_range: float | Array, border: str) -> Array:
     a, b = (_padded(image, border) for image in (a, b))
-    # About the middle of the range: in float32 E[x^2] - E[x]^2 of a bright, flat image loses half its digits.
-    middle = data_range / 2
-    a, b = a - middle, b - middle
+    # About each image's own mean: in float32 E[x^2] - E[x]^2 of a bright, flat image loses half its digits.
+    centre_a, centre_b = (jax.lax.stop_gradient(image.mean(axis=(-3, -2), keepdims=True)) for image in (a, b))
+    a, b = a - centre_a, b - centre_b
     mean_a, mean_b, square_a, square_b, product = _blurred(jnp.stack([a, b, a * a, b * b, a * b]))
     variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
     covariance = product - mean_a * mean_b
-    mean_a, mean_b = mean_a + middle, mean_b + middle
+    mean_a, mean_b = mean_a + centre_a, mean_b + centre_b
     c1, c2 = (_K1 * data_range) ** 2, (_K2 * data_range) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
     return jnp.mean(luminance * structure, axis=(-3, -2, -1))
 
 
-def _prepared(a: Array, b: Array, mask: Array | None) -> tuple[Array, Array]:
+def _prepared(a: Array | np.ndarray, b: Array | np.ndarray, mask: Array | np.ndarray | None) -> tuple[Array, Array]:
     if a.shape != b.shape:
         raise ValueError(f"b: expected the shape of a, {a.shape}, got {b.shape}")
     if a.ndim < 3 or 0 in a.shape[-3:]:
@@ -125,14 +135,19 @@ def _padded(image: Array, border: str) -> Array:
 
 
 def _blurred(images: Array) -> Array:
-    """The Gaussian window over every place where it fits, as one pass along each axis."""
+    """The Gaussian window over every place where it fits, as one convolution along each axis."""
     offsets = np.arange(_WINDOW) - _WINDOW // 2
     weights = np.exp(-(offsets**2) / (2 * _SIGMA**2))
-    weights = (weights / weights.sum()).astype(np.float32)
-    for axis in (-3, -2):
-        size = images.shape[axis] - _WINDOW + 1
-        images = sum(
-            weight * jax.lax.slice_in_dim(images, start, start + size, axis=images.ndim + axis)
-            for start, weight in enumerate(weights)
+    weights = jnp.asarray(weights / weights.sum(), jnp.float32)
+    planes = jnp.moveaxis(images, -1, -3)
+    result = planes.reshape(-1, *planes.shape[-2:], 1)
+    for kernel in (weights[:, None, None, None], weights[None, :, None, None]):
+        result = jax.lax.conv_general_dilated(
+            result,
+            kernel,
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
         )
-    return images
+    return jnp.moveaxis(result.reshape(*planes.shape[:-2], *result.shape[1:3]), -3, -1)

@@ -275,10 +275,7 @@ class _Run:
                 f"not in a notebook or at a prompt:\n{payload}"
             )
         elif failures >= _START_FAILURES:
-            raise RuntimeError(
-                f"worker processes die before their first item ({payload}); a script that calls this must do it under "
-                "`if __name__ == '__main__':`, for the workers import it"
-            )
+            raise RuntimeError(f"worker processes die before their first item ({payload}); {self._crew.hint}")
 
     def _finished(self, worker: Any, report: str, payload: Any) -> None:
         task = self._busy.pop(worker)

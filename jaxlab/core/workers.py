@@ -153,6 +153,8 @@ os.register_at_fork(after_in_child=_forget)
 class LocalCrew:
     """Workers on this machine."""
 
+    hint = "a script that calls this must do it under `if __name__ == '__main__':`, for the workers import it"
+
     def __init__(self, function: bytes):
         self._load = (function, list(sys.path))
         self._workers: list[LocalWorker] = []
@@ -231,11 +233,15 @@ class LocalCrew:
 class RayCrew:
     """Actors of a Ray cluster, one CPU each. They end with the call, so that the cluster gets its CPUs back."""
 
+    hint = "the cluster needs the Python version of this process"
+
     def __init__(self, function: Any, address: str):
         self._ray = require("ray", "ray")
         if not self._ray.is_initialized():
             self._ray.init(address=address, log_to_driver=False)
-        # Ray's own pickler takes functions of the main module along; a cluster cannot import them.
+        # By value, so that the cluster needs this package only if the function does. Ray's pickler also takes functions
+        # of the main module along, which no worker could import.
+        self._ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         self._load = (self._ray.cloudpickle.dumps(function), list(sys.path))
         self._actor = self._ray.remote(Executor).options(num_cpus=1, max_restarts=0)
         self._workers: list[Any] = []
