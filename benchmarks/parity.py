@@ -8,6 +8,7 @@ float16, so that the file stays small and exact), tokens, torch's logits and gra
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -214,7 +215,8 @@ def our_pass(config: dict[str, Any], weights: dict[str, np.ndarray], tokens: np.
         save_file(contiguous, str(Path(folder) / "model.safetensors"))
         model, params = load_pretrained(folder)
 
-    @jax.jit
+    # Tiny programs, run once: compiling them quickly is all that matters.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(params, tokens):
         def loss(params):
             logits = model.apply({"params": params}, tokens).logits
