@@ -178,7 +178,8 @@ def save_pretrained(
         if writes:
             _replace(partial, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
