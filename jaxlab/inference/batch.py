@@ -1,6 +1,7 @@
 """A batch being decoded: checked prompts in bucketed arrays, two compiled programs, results coming to the host."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
@@ -89,9 +90,9 @@ def _continue(model, params, state, rows, until, stopped, *, processor, replicat
 
     def step(state):
         logits, cache = next_logits(model, params, state.cache, state.ids, jnp.maximum(state.positions, 0))
-        return _drawn(state.replace(cache=cache), logits, rows, processor)
+        return _drawn(dataclasses.replace(state, cache=cache), logits, rows, processor)
 
-    state = state.replace(ended=state.ended | stopped)
+    state = dataclasses.replace(state, ended=state.ended | stopped)
     return _readable(jax.lax.while_loop(running, step, state), replicated)
 
 
@@ -105,7 +106,8 @@ def _drawn(state: _State, logits: Array, rows: _Rows, processor: LogitProcessor 
     ids, logps = sample(logits, keys, rows.sampling)
     live = ~state.ended
     here = live[:, None] & (jnp.arange(state.tokens.shape[1]) == state.step)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         ids=jnp.where(live, ids, state.ids),
         positions=state.positions + live,
         ended=state.ended | jnp.any(ids[:, None] == rows.stop_ids, axis=1),
@@ -121,7 +123,7 @@ def _readable(state: _State, replicated: NamedSharding | None) -> _State:
     if replicated is None:
         return state
     read = {name: getattr(state, name) for name in ("ended", "lengths", "tokens", "logps", "step")}
-    return state.replace(**jax.lax.with_sharding_constraint(read, replicated))
+    return dataclasses.replace(state, **jax.lax.with_sharding_constraint(read, replicated))
 
 
 class Batch:
@@ -247,7 +249,8 @@ class Batch:
             jax.tree.map(lambda x: nn.Partitioned(x, ("batch",)), (self._prompts, self._rows.index)), self._mesh
         )
         place = by_row[1]
-        rows = self._rows.replace(
+        rows = dataclasses.replace(
+            self._rows,
             prompt=jax.device_put(self._rows.prompt, place),
             real=jax.device_put(self._rows.real, place),
             index=jax.device_put(self._rows.index, place),

@@ -15,6 +15,7 @@ from jaxlab.inference.text import RowText
 
 # Stop strings are looked for on the host; a row runs on for less than this many tokens, which are then dropped.
 _TEXT_SEGMENT = 16
+_DEFAULTS = SamplingParams()
 
 
 @struct.dataclass
@@ -42,7 +43,7 @@ def generate(
     model: Any,
     params: Any,
     prompts: Sequence[str] | Sequence[Sequence[int]],
-    sampling: SamplingParams = SamplingParams(),
+    sampling: SamplingParams = _DEFAULTS,
     *,
     n: int = 1,
     rng: Array | None = None,
@@ -97,7 +98,7 @@ def stream(
     model: Any,
     params: Any,
     prompt: str | Sequence[int],
-    sampling: SamplingParams = SamplingParams(),
+    sampling: SamplingParams = _DEFAULTS,
     *,
     rng: Array | None = None,
     tokenizer: Any,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 class SamplingParams:
     """How one request is sampled. Checked when made.
 
-    Truncation follows the temperature, in the order top_k, top_p, min_p; top_p counts the mass that top_k left.
+    Sequences are kept as tuples. Truncation follows the temperature, in the order top_k, top_p, min_p; top_p counts the mass that top_k left.
 
     Attributes:
         max_tokens: how many tokens at most.
@@ -35,8 +35,8 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    stop_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
+    stop_ids: Sequence[int] = ()
+    stop: str | Sequence[str] = ()
     seed: int | None = None
     logprobs: int = 0
 
@@ -54,8 +54,7 @@ class SamplingParams:
         self._check("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
         if self.seed is not None:
             self._store("seed", self._integer("seed", self.seed))
-        ids = self.stop_ids if isinstance(self.stop_ids, Sequence | set | frozenset | np.ndarray) else (self.stop_ids,)
-        self._store("stop_ids", tuple(self._integer("stop_ids", i) for i in ids))
+        self._store("stop_ids", tuple(self._integer("stop_ids", i) for i in self.stop_ids))
         self._check("stop_ids", all(i >= 0 for i in self.stop_ids), "ids of at least 0")
         strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(string, str) for string in strings):

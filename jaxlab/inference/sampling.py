@@ -46,13 +46,13 @@ def sample(
 
     def draw(_):
         truncates = ~greedy & ((sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0))
-        keep = jax.lax.cond(
+        kept_masses, floor, last_tie = jax.lax.cond(
             jnp.any(truncates),
             lambda _: _kept_blocks(blocks, peak, masses, vocabulary, truncates, sampling),
             lambda _: (masses, jnp.full_like(peak, -jnp.inf), jnp.full(peak.shape, vocabulary, jnp.int32)),
             None,
         )
-        return _invert(blocks, peak, *keep, keys)
+        return _invert(blocks, peak, kept_masses, floor, last_tie, keys)
 
     ids = jax.lax.cond(jnp.all(greedy), lambda _: likeliest, draw, None)
     ids = jnp.where(greedy, likeliest, ids).astype(jnp.int32)
@@ -163,7 +163,6 @@ def _searched_floor(
     """The same for any row, by binary search: first for the k-th value, then for the one that closes the mass."""
     codes = _ordered(flat)
     weights = jnp.exp(flat - peak[:, None])
-    columns = jnp.arange(flat.shape[1])
 
     def lowest(holds):
         """The lowest code of which `holds(code[B]) -> bool[B]`, false below and true from it on."""

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 _INCOMPLETE = "\ufffd"  # what decoders give for the bytes of an unfinished character
 
 
@@ -20,7 +22,7 @@ class RowText:
         self._stop = tuple(stop)
         self._stop_ids = frozenset(stop_ids)
 
-    def completed(self, ids: Sequence[int], start: int) -> int | None:
+    def completed(self, ids: np.ndarray, start: int) -> int | None:
         """How many of `ids` complete the first stop string, None if none occurs; `start` ids are known to hold none."""
         if not self._stop or self._found(self._decode(ids)) is None:
             return None
@@ -28,12 +30,12 @@ class RowText:
             count for count in range(start + 1, len(ids) + 1) if self._found(self._decode(ids[:count])) is not None
         )
 
-    def final(self, ids: Sequence[int]) -> str:
+    def final(self, ids: np.ndarray) -> str:
         """The text of a finished row, before its stop string."""
         text = self._decode(ids)
         return text[: self._found(text)]
 
-    def settled(self, ids: Sequence[int]) -> str:
+    def settled(self, ids: np.ndarray) -> str:
         """What of an unfinished row's text later tokens cannot change: no split character, no beginning of a stop."""
         text = self._decode(ids).rstrip(_INCOMPLETE)
         held = max(
@@ -41,9 +43,9 @@ class RowText:
         )
         return text[: len(text) - held]
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: np.ndarray) -> str:
         ends = len(ids) > 0 and int(ids[-1]) in self._stop_ids
-        return self._tokenizer.decode([int(i) for i in (ids[:-1] if ends else ids)])
+        return self._tokenizer.decode((ids[:-1] if ends else ids).tolist())
 
     def _found(self, text: str) -> int | None:
         places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
