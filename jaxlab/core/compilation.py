@@ -47,8 +47,8 @@ def count_compilations() -> Iterator[CompilationCount]:
             _active[:] = [other for other in _active if other is not counter]
 
 
-def _on_duration(event: str, duration: float, **_: str | int) -> None:
-    del duration
+def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
+    del duration_secs
     if event == _COMPILED:
         with _lock:
             for counter in _active:

@@ -11,7 +11,7 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -88,7 +88,8 @@ def _parse(text: str) -> Any:
     if not text:
         return ""
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return parsed["value"]
     except YAMLError:
         return text
 
@@ -99,9 +100,10 @@ def _resolve(tree: dict[Any, Any]) -> dict[Any, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"key {error.full_key!r}: {error.msg}") from error
+    return resolved
 
 
 def _set(node: Any, annotation: Any, default: Any, parts: Sequence[str], value: Any, key: str) -> None:
@@ -255,7 +257,7 @@ def _fit_scalar(value: Any, kind: Any, key: str) -> Any:
         return kind[value]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if issubclass(kind, os.PathLike) and isinstance(value, str):
+    if (kind is os.PathLike or issubclass(kind, PurePath)) and isinstance(value, str):
         return Path(value)
     if isinstance(value, bool) and kind is not bool:  # a bool is an int to Python, but never in a config
         raise _Mismatch

@@ -123,11 +123,11 @@ def _download(file: DataFile) -> None:
     import pooch
 
     target = _cache() / file.name
-    if _problem(target, file):
+    if file.url is not None and _problem(target, file):
         pooch.retrieve(
             file.url,
             known_hash=f"sha256:{file.sha256}",
             fname=target.name,
             path=target.parent,
-            downloader=pooch.HTTPDownloader(timeout=30),
+            downloader=pooch.HTTPDownloader(timeout=30),  # pyrefly: ignore[bad-argument-type]  # pooch's own stub is off
         )

@@ -3,7 +3,7 @@
 import functools
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def progress(iterable: Iterable[T], label: str, total: float | None = None) -> I
     if not sys.stderr.isatty():
         yield from iterable
         return
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     from jaxlab.core import distributed
 

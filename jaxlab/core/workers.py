@@ -98,6 +98,8 @@ class LocalWorker:
                 else:
                     os.environ["JAX_PLATFORMS"] = before
             _alive.add(self)
+        assert self.process.pid is not None
+        self._pid = self.process.pid
         theirs.close()
         self.started = time.monotonic()
 
@@ -113,14 +115,14 @@ class LocalWorker:
             self.process.join(grace_s)
         # The group first: joining frees the process id.
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self._pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             if self.process.exitcode is None:
                 self.process.kill()
         self.process.join()
         with _lock:
             _alive.discard(self)
-        code = self.process.exitcode
+        code = self.process.exitcode or 0
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
