@@ -69,6 +69,8 @@ class GgufFile(Tensors):
             dims = [header.scalar("Q") for _ in range(rank)]
             infos.append((name, tuple(reversed(dims)), header.scalar("I"), header.scalar("Q")))
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"{self.where}: general.alignment must be a positive integer, got {alignment!r}")
         start = -(-header.at // alignment) * alignment
         for name, shape, kind, offset in infos:
             kind, row_bytes = _kind(kind, shape)
@@ -212,6 +214,8 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         value = file.metadata.get(f"{arch}.{name}", *default)
         if value is None and not default:
             raise ValueError(f"{file.where}: metadata key {arch}.{name} is absent")
+        if isinstance(value, list):
+            raise NotImplementedError(f"{file.where}: {arch}.{name} differs from layer to layer: {value}")
         return value
 
     heads = key("attention.head_count")

@@ -161,3 +161,12 @@ def test_damaged_files(tmp_path):
     unexpected = rewrite(path, lambda writer: writer.add_tensor("blk.0.attn_sinks.weight", np.ones(4, np.float32)))
     with pytest.raises(KeyError, match=r"unexpected weights \['blk.0.attn_sinks.weight'\]"):
         load_pretrained(unexpected)
+
+
+def test_impossible_metadata(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    with pytest.raises(ValueError, match=r"general\.alignment must be a positive integer, got 0"):
+        load_pretrained(rewrite(path, lambda writer: writer.add_uint32("general.alignment", 0)))
+    per_layer = rewrite(path, lambda writer: writer.add_array("llama.expert_count", [1, 2]))
+    with pytest.raises(NotImplementedError, match=r"llama\.expert_count differs from layer to layer"):
+        load_pretrained(per_layer)
