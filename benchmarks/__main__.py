@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlab import _platform, doctor
+from jaxlab import _platform, doctor, recipes
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("torch", "transformers", "llama-cpp-python")
@@ -24,7 +24,7 @@ PEERS = ("torch", "transformers", "llama-cpp-python")
 def modules(wanted: Sequence[str] = ()) -> dict[str, str]:
     """File stem -> system of every file with `cases`; only those whose stem or system is wanted, if any is.
 
-    A file belongs to the system its constant `SYSTEM` names, else to the one it is named after.
+    A file belongs to the system its constant `SYSTEM` names, else to the one it is named after, else to the foundation.
 
     Raises:
       ValueError: a wanted name is neither; the known ones are listed.
@@ -34,7 +34,7 @@ def modules(wanted: Sequence[str] = ()) -> dict[str, str]:
         lines = file.read_text().splitlines()
         if not file.stem.startswith("_") and any(line.startswith("def cases(") for line in lines):
             named = [line.partition("=")[2].strip().strip("\"'") for line in lines if line.startswith("SYSTEM =")]
-            found[file.stem] = named[0] if named else file.stem
+            found[file.stem] = named[0] if named else file.stem if file.stem in recipes.SYSTEMS else "foundation"
     for name in wanted:
         if name not in found and name not in found.values():
             raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(sorted({*found, *found.values()}))}")

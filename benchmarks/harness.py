@@ -28,9 +28,8 @@ class Case:
     @property
     def ratio(self) -> float:
         """Ours against the peer, oriented so that larger is better."""
-        if self.higher_is_better:
-            return self.ours / self.peer
-        return float("inf") if self.ours == 0 else self.peer / self.ours
+        better, worse = (self.ours, self.peer) if self.higher_is_better else (self.peer, self.ours)
+        return float("inf") if worse == 0 else better / worse
 
     @property
     def holds(self) -> bool:

@@ -225,24 +225,21 @@ def test_generate(run, tmp_path):
 
 
 @pytest.mark.latest
-def test_plan(run, tiny):
+def test_plan(run, tiny, monkeypatch):
+    from jaxlab.core.plan import Plan
+
     code, out, err = run("plan", tiny, "--gpu", "cpu", "--mesh", "data=2,fsdp=4", "batch_size=8")
     assert code == 0, err
     assert "fits" in out
-    content = json.loads(run("plan", tiny, "batch_size=8", "--gpu", "cpu", "--json")[1])
+    monkeypatch.setattr(Plan, "fits", property(lambda self: False))
+    code, out, err = run("plan", tiny, "--gpu", "cpu", "--topology", "1x1x2", "--json", "--strict")
+    assert code == 1, err
+    content = json.loads(out)
+    assert content["fits"] is False
     assert {"parameters", "optimizer", "input", "temporaries", "total"} <= content["bytes"].keys()
     for wrong in ("--gpu=abacus", "--topology=8", "--mesh=data", "--mesh=data=3", "--mesh=up=8"):
         code, _, err = run("plan", tiny, "--gpu", "cpu", wrong)
         assert code == 2, (wrong, err)
-
-
-def test_plan_strict_exit_code(run, tiny, monkeypatch):
-    from jaxlab.core.plan import Plan
-
-    monkeypatch.setattr(Plan, "fits", property(lambda self: False))
-    args = ("plan", tiny, "--gpu", "cpu", "--topology", "1x1x2")
-    assert run(*args)[0] == 0
-    assert run(*args, "--strict")[0] == 1
 
 
 def test_the_library_configs_load():

@@ -6,6 +6,8 @@ from typing import Any
 
 from jaxlab import core
 
+_UNSURE = 0.35
+
 
 @dataclasses.dataclass(frozen=True)
 class AnswerConfig:
@@ -64,7 +66,7 @@ def run(config: AnswerConfig) -> core.Report:
             "finish": alone.finish_reason[0],
             config.question: text,
         },
-        plots=(("How sure the model was of each token it wrote", _surety(alone, tokenizer)),),
+        plots=(("How sure the model was of the tokens it wrote", _surety(alone, tokenizer)),),
         notes=(
             f"Weights: {config.source}, dequantised to float32. Greedy decoding; tokens per second count prefill too, "
             "and leave compilation out (second call).",
@@ -72,20 +74,20 @@ def run(config: AnswerConfig) -> core.Report:
     )
 
 
-def _surety(out: Any, tokenizer: Any) -> Any:
-    """Probability of each generated token, the least sure ones named."""
+def _surety(out: Any, tokenizer: Any, limit: int = 56) -> Any:
+    """Probability of each of the first `limit` generated tokens; each stands below its bar, the unsure stand out."""
     import numpy as np
 
-    from jaxlab.foundation.figures import BLUE, figure
+    from jaxlab.foundation.figures import BLUE, ORANGE, figure
 
-    count = int(out.lengths[0])
+    count = min(int(out.lengths[0]), limit)
     tokens, chance = np.asarray(out.tokens[0])[:count], np.exp(np.asarray(out.logps[0])[:count])
-    drawn, axes = figure(10.0, 3.4)
-    axes.bar(np.arange(count), chance, color=BLUE, width=0.85)
-    for index in np.argsort(chance)[: min(8, count)]:
-        word = tokenizer.decode([int(tokens[index])]).strip()
-        axes.annotate(word, (index, chance[index]), rotation=60, fontsize=8, ha="left", va="bottom")
-    axes.set_xlabel("token of the answer")
+    drawn, axes = figure(11.0, 3.6)
+    axes.bar(np.arange(count), chance, color=[ORANGE if each < _UNSURE else BLUE for each in chance], width=0.85)
+    words = [tokenizer.decode([int(token)]).strip().replace("$", r"\$") for token in tokens]
+    axes.set_xticks(np.arange(count), words, rotation=90, fontsize=8)
+    axes.set_xlim(-0.6, count - 0.4)
     axes.set_ylabel("probability")
-    axes.set_ylim(0, 1.15)
+    axes.set_ylim(0, 1.02)
+    axes.grid(visible=False, axis="x")
     return drawn
