@@ -17,6 +17,7 @@ Example:
 from jaxlab.training.loop import fit
 from jaxlab.training.loss import Loss, LossOutput, cross_entropy, lm_loss, perplexity
 from jaxlab.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, optimizer
+from jaxlab.training.run import TrainConfig, plan, train
 from jaxlab.training.step import TrainState, make_train_step
 from jaxlab.training.text import TextBatches, TokenBatch, text_batches
 
@@ -26,6 +27,7 @@ __all__ = [
     "OptimizerConfig",
     "TextBatches",
     "TokenBatch",
+    "TrainConfig",
     "TrainState",
     "cross_entropy",
     "decay_mask",
@@ -35,5 +37,7 @@ __all__ = [
     "make_train_step",
     "optimizer",
     "perplexity",
+    "plan",
     "text_batches",
+    "train",
 ]

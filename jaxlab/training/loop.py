@@ -75,7 +75,9 @@ def fit(
         try:
             batch = next(source)
         except StopIteration:
-            raise ValueError(f"batches: expected {steps - first} for steps {first + 1} to {steps}, got {index - first - 1}") from None
+            raise ValueError(
+                f"batches: expected {steps - first} for steps {first + 1} to {steps}, got {index - first - 1}"
+            ) from None
         state, metrics = step(state, batch)
         log()
         unlogged = (index, metrics, batch.tokens.size if hasattr(batch, "tokens") else 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlab.models.decoder import abstract_params, head_weight
-from jaxlab.training.sharding import place_batch
+from jaxlab.training.sharding import BATCH_AXES, place_batch
 from jaxlab.training.text import TokenBatch
 
-# A chunk of tokens has at most this many logits (64 MiB in f32); smaller batches and vocabularies are one chunk.
-_CHUNK_LOGITS = 2**24
+# A chunk of tokens has at most this many logits (256 MiB in f32); smaller batches and vocabularies are one chunk.
+_CHUNK_LOGITS = 2**26
 
 
 @struct.dataclass
@@ -64,8 +65,8 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums of the token cross-entropy and of correct greedy predictions, f32.
 
-    Only the logits of one of `chunks` pieces of the sequence exist at a time. Where a gradient is asked for, the forward
-    pass makes it along the way (it is linear in the cotangent), so that no logits are kept, and none computed twice.
+    Only the logits of one of `chunks` pieces of the sequence exist at a time. Where a gradient is asked for, the
+    forward pass makes it along the way (it is linear in the cotangent): no logits are kept, none computed twice.
     Differentiable in `hidden` and `head`, through the first result.
     """
 
@@ -111,13 +112,46 @@ def _cross_entropy_backward(chunks, residuals, cotangents):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
+def _sharded_cross_entropy(
+    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`cross_entropy` in as many chunks as its logits need, each device of the mesh in force on its own rows.
+
+    Left to itself XLA would gather the head, and reduce its gradient, once a chunk instead of once.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types)
+        if axis in BATCH_AXES and kind == AxisType.Auto and mesh.shape[axis] > 1
+    )
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    vocabulary_shards = 1 if mesh.empty else mesh.shape.get("tensor", 1)
+    chunks = _chunks(targets.size // shards, targets.shape[1], -(-head.shape[1] // vocabulary_shards))
+    if not axes or targets.shape[0] % shards:
+        return cross_entropy(hidden, head, targets, weights, chunks)
+
+    def local(hidden, head, targets, weights):
+        return jax.tree.map(lambda x: x[None], cross_entropy(hidden, head, targets, weights, chunks))
+
+    rows = PartitionSpec(axes)
+    sums = jax.shard_map(
+        local,
+        in_specs=(rows, PartitionSpec(), rows, rows),
+        out_specs=(rows, rows),
+        axis_names=set(axes),
+        check_vma=False,
+    )(hidden, head, targets, weights)
+    return jnp.sum(sums[0]), jnp.sum(sums[1])
+
+
 def _chunks(tokens: int, length: int, vocab: int) -> int:
     """The fewest pieces of a sequence, a divisor of its length, that keep a chunk's logits within the limit."""
     wanted = max(1, -(-tokens * vocab // _CHUNK_LOGITS))
     return next(chunks for chunks in range(min(wanted, length), length + 1) if length % chunks == 0)
 
 
-def router_loss(aux: PyTree, aux_loss_coef: float, z_loss_coef: float) -> Float[Array, ""]:
+def router_loss(aux: PyTree, aux_loss_coef: int | float, z_loss_coef: int | float) -> Float[Array, ""]:
     """The routers' losses found in `DecoderOutput.aux`: every field `aux_loss` and `z_loss`, summed over the layers."""
     total = jnp.zeros((), jnp.float32)
     for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
@@ -133,9 +167,8 @@ class LMLoss:
     """Next-token loss of a decoder, as `lm_loss` makes it: a `Loss` that also knows its parameters' axis names."""
 
     model: nn.Module
-    aux_loss_coef: float
-    z_loss_coef: float
-    shards: int
+    aux_loss_coef: int | float
+    z_loss_coef: int | float
 
     def __call__(self, params: PyTree, batch: TokenBatch, rng: Array | None) -> LossOutput:
         """Sums over the batch's weights."""
@@ -147,10 +180,8 @@ class LMLoss:
             train=True,
             rngs=None if rng is None else {"mlp": rng},
         )
-        batch_size, length = batch.targets.shape
-        chunks = _chunks(batch_size * length // self.shards, length, self.model.config.vocab_size)
         head = head_weight(params).astype(out.hidden.dtype)
-        total, hits = cross_entropy(out.hidden, head, batch.targets, batch.weights, chunks)
+        total, hits = _sharded_cross_entropy(out.hidden, head, batch.targets, batch.weights)
         weight = jnp.sum(batch.weights)
         total = total + weight * router_loss(out.aux, self.aux_loss_coef, self.z_loss_coef)
         return LossOutput(total, weight, {"accuracy": hits})
@@ -160,7 +191,7 @@ class LMLoss:
         return abstract_params(self.model)
 
 
-def lm_loss(model: nn.Module, *, aux_loss_coef: float = 0.01, z_loss_coef: float = 0.0, shards: int = 1) -> Loss:
+def lm_loss(model: nn.Module, *, aux_loss_coef: int | float = 0.01, z_loss_coef: int | float = 0.0) -> "LMLoss":
     """The next-token cross-entropy of a `Decoder` on `TokenBatch`es, plus the routers' losses where it has experts.
 
     Logits exist one chunk of tokens at a time. Metric: `accuracy`, the share of tokens that greedy decoding would get.
@@ -169,19 +200,17 @@ def lm_loss(model: nn.Module, *, aux_loss_coef: float = 0.01, z_loss_coef: float
         model: A `jaxlab.models.decoder.Decoder`.
         aux_loss_coef: Weight of the load-balancing loss that sparse layers report in `aux` (X-MoE: 0.01).
         z_loss_coef: Weight of their z-loss.
-        shards: Devices the batch is spread over; a chunk is sized for one of them.
     """
-    return LMLoss(model, aux_loss_coef, z_loss_coef, shards)
+    return LMLoss(model, aux_loss_coef, z_loss_coef)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate(model: nn.Module, params: PyTree, batch: TokenBatch) -> LossOutput:
-    loss = LMLoss(model, 0.0, 0.0, 1)
-    return loss(params, batch, None)
+    return LMLoss(model, 0.0, 0.0)(params, batch, None)
 
 
 def perplexity(model: nn.Module, params: PyTree, batches: Iterable[TokenBatch]) -> float:
-    """exp of the mean token cross-entropy over `batches`, each target weighted equally.
+    """Exp of the mean token cross-entropy over `batches`, each target weighted equally.
 
     Raises:
         ValueError: The batches hold no target.

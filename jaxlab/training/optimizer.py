@@ -20,17 +20,17 @@ class OptimizerConfig:
     and falls linearly during the last `decay_fraction` of `steps`. `steps` is what `train` runs unless set here.
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: int | float = 3e-4
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     warmup_steps: int = 0
     steps: int | None = None
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95  # GPT-3 (arXiv 2005.14165), appendix B
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0  # None: no clipping
+    final_fraction: int | float = 0.1
+    decay_fraction: int | float = 0.1
+    b1: int | float = 0.9
+    b2: int | float = 0.95  # GPT-3 (arXiv 2005.14165), appendix B
+    eps: int | float = 1e-8
+    weight_decay: int | float = 0.1
+    clip_norm: int | float | None = 1.0  # None: no clipping
 
     def __post_init__(self):
         schedules = ("constant", "cosine", "linear", "wsd")
@@ -56,7 +56,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate as a function of the number of updates already made.
 
     Raises:
-        ValueError: The schedule ends somewhere, but `config.steps` is not set, or the warm-up is longer than `steps`.
+        ValueError: The schedule ends somewhere, but `config.steps` is not set.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "constant":
@@ -64,9 +64,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     elif config.steps is None:
         raise ValueError(f"steps: expected the number of steps that schedule {config.schedule!r} spans, got None")
     else:
-        span = config.steps - warmup
-        if span < 1:
-            raise ValueError(f"warmup_steps: expected fewer than steps = {config.steps}, got {warmup}")
+        span = max(1, config.steps - warmup)  # a run that ends within its warm-up never falls
         final = config.final_fraction * peak
         if config.schedule == "cosine":
             after = optax.cosine_decay_schedule(peak, span, alpha=config.final_fraction)
@@ -81,7 +79,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True where weight decay applies: matrices, but no norm scale, bias or embedding table (a tied head is one, too)."""
+    """True where weight decay applies: matrices, but no norm scale, bias or embedding table (tied heads neither)."""
 
     def decays(path, leaf) -> bool:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]

@@ -30,7 +30,7 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """A batch sharded over the mesh's data axes; every process passes the same whole batch, or arrays already placed."""
+    """A batch over the mesh's data axes; every process passes the same whole batch, or arrays already placed."""
 
     def place(leaf):
         sharding = batch_sharding(mesh, leaf.shape)
@@ -49,10 +49,13 @@ def params_shardings(params: PyTree, mesh: Mesh, names: PyTree | None = None) ->
     Args:
         params: Arrays or `ShapeDtypeStruct`s. If they already lie on the mesh they stay where they are.
         mesh: The mesh.
-        names: The same tree with the logical axis names of `nn.with_partitioning` (`abstract_params`); without names, or
-            without a leaf on the mesh, parameters are replicated.
+        names: The same tree with the logical axis names of `nn.with_partitioning` (`abstract_params`);
+            without names, parameters are replicated.
     """
-    placed = [isinstance(s := getattr(leaf, "sharding", None), NamedSharding) and s.mesh == mesh for leaf in jax.tree.leaves(params)]
+    placed = [
+        isinstance(s := getattr(leaf, "sharding", None), NamedSharding) and s.mesh == mesh
+        for leaf in jax.tree.leaves(params)
+    ]
     if placed and all(placed):
         return jax.tree.map(lambda leaf: leaf.sharding, params)
     if names is None:

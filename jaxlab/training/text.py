@@ -19,6 +19,7 @@ from flax import struct
 from numpy.random import PCG64, Generator, SeedSequence
 
 from jaxlab import core
+from jaxlab.training.sharding import batch_sharding
 
 _SPLITS = ("train", "validation")
 _VALIDATION_FRACTION = 0.05
@@ -31,8 +32,8 @@ _DOC_SUFFIXES = (".md", ".rst", ".txt")
 class TokenBatch:
     """Packed rows of text; numpy or JAX arrays, targets already shifted.
 
-    `segment_ids` count the documents in a row from 1, 0 is padding; `positions` restart at each document, -1 is padding;
-    `weights` is 0 where a target would lie in another document (its last token) or in padding.
+    `segment_ids` count the documents in a row from 1, 0 is padding; `positions` restart at each document, -1 is
+    padding; `weights` is 0 where a target would lie in another document (its last token) or in padding.
     """
 
     tokens: Any  # [B, T] int32, as all but the last
@@ -54,7 +55,7 @@ def _read(path: pathlib.Path) -> str | None:
 
 
 def _folder(root: pathlib.Path, suffixes: tuple[str, ...] | None = None) -> list[tuple[str, str]]:
-    """(relative path, text) of every text file below a folder, by path; hidden files and tests of Python are left out."""
+    """(relative path, text) of every text file below a folder, by path; hidden files are left out."""
     documents = []
     for path in sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix()):
         parts = path.relative_to(root).parts
@@ -205,17 +206,19 @@ class TextBatches(Iterator[TokenBatch]):
         """Batch number `step`; with a mesh, sharded over its data axes, each process making its own rows only."""
         if self.mesh is None:
             return self._rows(step, 0, self.batch_size)
-        from jaxlab.training.sharding import batch_sharding
-
         shape = (self.batch_size, self.length)
         sharding = batch_sharding(self.mesh, shape)
-        spans = {index[0].indices(self.batch_size)[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
-        rows = {span: self._rows(step, *span) for span in spans}
+
+        def span(index) -> tuple[int, int]:
+            return index[0].indices(self.batch_size)[:2]
+
+        spans = sorted({span(index) for index in sharding.addressable_devices_indices_map(shape).values() if index})
+        rows = [self._rows(step, *bounds) for bounds in spans]
         return jax.tree.map(
             lambda *leaves: jax.make_array_from_callback(
-                shape, sharding, lambda index: leaves[list(rows).index(index[0].indices(self.batch_size)[:2])]
+                shape, sharding, lambda index: leaves[spans.index(span(index))]
             ),
-            *rows.values(),
+            *rows,
         )
 
     def _identity(self) -> dict[str, int]:
@@ -303,6 +306,4 @@ def text_batches(
     sequences = [
         np.asarray([*tokenizer.encode(text), *end], np.int32) for _, text in core.progress(chosen, f"tokens of {split}")
     ]
-    return TextBatches(
-        sequences, batch_size=batch_size, length=length, seed=seed, repeat=split == "train", mesh=mesh
-    )
+    return TextBatches(sequences, batch_size=batch_size, length=length, seed=seed, repeat=split == "train", mesh=mesh)

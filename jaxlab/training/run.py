@@ -1,0 +1,300 @@
+"""A whole training run from one config, and the plan of its step for machines that are not here."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlab import core
+from jaxlab.core import plan as planning
+from jaxlab.models.decoder import Decoder, DecoderConfig
+from jaxlab.training.loop import fit
+from jaxlab.training.loss import lm_loss, perplexity
+from jaxlab.training.optimizer import OptimizerConfig, optimizer
+from jaxlab.training.sharding import batch_sharding, state_shardings
+from jaxlab.training.step import TrainState, make_train_step, update_function
+from jaxlab.training.text import TextBatches, TokenBatch, text_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A language-model training run; defaults are ours.
+
+    Attributes:
+        model: The decoder.
+        data: `"python-stdlib"`, `"package-docs"`, or a file or folder of text.
+        tokenizer: `"bytes"`, or anything `load_tokenizer` takes.
+        steps: Updates to make.
+        batch_size: Rows a step, over all devices.
+        length: Tokens a row.
+        seed: Of the parameters, the data order and the dropout of experts.
+        optimizer: AdamW and its schedule, which spans `steps` unless it says otherwise.
+        mesh: Axis sizes as in `make_mesh`; empty: one device, or all of them along `data` when there are several
+            processes.
+        accumulate: Pieces a batch is worked through in.
+        checkpoint_every: Steps between checkpoints; 0: at the end only.
+        eval_every: Steps between validation perplexities; 0: at the end only.
+    """
+
+    model: DecoderConfig
+    data: str = "python-stdlib"
+    tokenizer: str = "bytes"
+    steps: int = 1000
+    batch_size: int = 16
+    length: int = 256
+    seed: int = 0
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    accumulate: int = 1
+    checkpoint_every: int = 100
+    eval_every: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "length", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a value >= 1, got {getattr(self, name)}")
+        for name in ("checkpoint_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a value >= 0, got {getattr(self, name)}")
+        if self.length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"length: expected at most max_position_embeddings = {self.model.max_position_embeddings}, "
+                f"got {self.length}"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}")
+        if self.optimizer.steps is None:
+            object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, steps=self.steps))
+
+
+def _tokenizer(source: str) -> Any:
+    from jaxlab.models import ByteTokenizer, load_tokenizer
+
+    return ByteTokenizer() if source == "bytes" else load_tokenizer(source)
+
+
+def _mesh(config: TrainConfig) -> jax.sharding.Mesh | None:
+    if config.mesh or jax.process_count() > 1:
+        return core.make_mesh(config.mesh)
+    return None
+
+
+def _initial_state(config: TrainConfig, model: Decoder, tx: Any, mesh: jax.sharding.Mesh | None) -> TrainState:
+    """The state before the first step, made where it will lie: no device ever holds all of a sharded one."""
+
+    def create(key):
+        params = nn.meta.unbox(model.init(core.named_key(key, "params"), jnp.zeros((1, 2), jnp.int32))["params"])
+        return TrainState.create(params, tx, core.named_key(key, "train"))
+
+    key = jax.random.key(config.seed)
+    if mesh is None:
+        return jax.jit(create)(key)
+    where = state_shardings(jax.eval_shape(create, key), tx, mesh, lm_loss(model).abstract_params())
+    return jax.jit(create, out_shardings=where)(key)
+
+
+def _batches(config: TrainConfig, tokenizer: Any, split: str, mesh: jax.sharding.Mesh | None) -> TextBatches:
+    batches = text_batches(
+        config.data,
+        tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        seed=config.seed,
+        split=split,
+        mesh=mesh,
+    )
+    if batches.max_id >= config.model.vocab_size:
+        raise ValueError(
+            f"vocab_size: expected more than the largest token id {batches.max_id} of tokenizer "
+            f"{config.tokenizer!r}, got {config.model.vocab_size}"
+        )
+    return batches
+
+
+def _check_folder(config: TrainConfig, folder: Path) -> None:
+    """A folder belongs to one run: going on with other settings would silently give a mixture.
+
+    `steps` may grow, and how often something is saved, or measured, may change.
+    """
+    path = folder / "train.json"
+    free = ("steps", "checkpoint_every", "eval_every", "mesh")
+    mine = core.to_dict(config)
+    mine = {name: mine[name] for name in (field.name for field in dataclasses.fields(TrainConfig))}
+    mine["optimizer"].pop("steps")  # follows `steps`
+    if path.exists():
+        saved = json.loads(path.read_text())
+        for name, value in mine.items():
+            if name not in free and saved.get(name) != json.loads(json.dumps(value)):
+                raise ValueError(
+                    f"{name}: {folder} was trained with {saved.get(name)!r}, got {value!r}; use another folder"
+                )
+    elif core.distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(mine, indent=1))
+        os.replace(temporary, path)
+
+
+def _peak_flops(config: DecoderConfig) -> float | None:
+    """FLOP/s of one device in the model's dtype, where it is known."""
+    from jaxlab.models import cost
+
+    kind = jax.devices()[0].device_kind.lower()
+    if config.dtype != "bfloat16":
+        return None
+    return next((peak for name, peak in cost.PEAK_BF16_FLOPS.items() if name in kind.replace(" ", "")), None)
+
+
+class _WithUtilisation:
+    """A metrics logger that adds model FLOPs utilisation to steps with a token rate."""
+
+    def __init__(self, logger: core.MetricsLogger, config: TrainConfig, devices: int):
+        self.logger, self.config, self.devices = logger, config, devices
+        self.peak = _peak_flops(config.model)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Logs the values, with `mfu` where the device's peak is known."""
+        if self.peak is not None and "tokens_per_s" in values:
+            from jaxlab.models import cost
+
+            values = values | {
+                "mfu": cost.mfu(
+                    self.config.model,
+                    values["tokens_per_s"],
+                    self.config.length,
+                    peak_flops=self.peak,
+                    devices=self.devices,
+                )
+            }
+        self.logger.log(step, values)
+
+
+def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
+    """Trains a decoder on text. Called again on the same folder it goes on from the latest checkpoint.
+
+    `folder` gets `metrics.jsonl` (`step`, `loss`, `grad_norm`, `tokens_per_s`, `accuracy`, ...),
+    `checkpoints/`, `model/` (Hugging Face files of the final model and tokenizer) and `report.json`. Killed at any
+    moment and started again, it repeats the same losses bit for bit on one device.
+
+    Args:
+        config: The run.
+        folder: Where everything is kept; belongs to this config.
+
+    Returns:
+        Loss curve, final loss, validation perplexity, throughput.
+
+    Raises:
+        ValueError: The folder belongs to another config, or the tokenizer has ids beyond the vocabulary.
+    """
+    from jaxlab.models import save_pretrained
+
+    folder = Path(folder)
+    tokenizer, mesh, model = _tokenizer(config.tokenizer), _mesh(config), Decoder(config.model)
+    tx = optimizer(config.optimizer)
+    batches = _batches(config, tokenizer, "train", mesh)
+    held_out = _batches(config, tokenizer, "validation", mesh)
+    _check_folder(config, folder)
+    start = held_out.state()
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        held_out.restore(start)
+        return {"validation_perplexity": perplexity(model, state.params, held_out)}
+
+    loss = lm_loss(model)
+    with core.MetricsLogger(folder) as logger:
+        state = fit(
+            _initial_state(config, model, tx, mesh),
+            make_train_step(loss, tx, accumulate=config.accumulate, mesh=mesh),
+            batches,
+            steps=config.steps,
+            checkpointer=core.Checkpointer(folder / "checkpoints"),
+            every=config.checkpoint_every or config.steps,
+            logger=_WithUtilisation(logger, config, 1 if mesh is None else mesh.size),
+            evaluate=evaluate,
+            evaluate_every=config.eval_every,
+        )
+    save_pretrained(folder / "model", model, state.params, tokenizer=tokenizer)
+    report = _report(config, folder, state)
+    if core.distributed.is_main():
+        report.save(folder)
+    return report
+
+
+def _report(config: TrainConfig, folder: Path, state: TrainState) -> core.Report:
+    rows = core.jsonl.read(folder / "metrics.jsonl") if core.distributed.is_main() else []
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "validation_perplexity" in row]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    metrics: dict[str, float | str] = {"parameters": parameters, "steps": int(state.step)}
+    if steps:
+        rates = sorted(row["tokens_per_s"] for row in steps)
+        metrics |= {
+            "first_loss": steps[0]["loss"],
+            "final_loss": steps[-1]["loss"],
+            "tokens_per_s": rates[len(rates) // 2],
+        }
+        if "mfu" in steps[-1]:
+            metrics["mfu"] = steps[-1]["mfu"]
+    if evaluations:
+        metrics["validation_perplexity"] = evaluations[-1]["validation_perplexity"]
+    return core.Report(
+        system="training",
+        title=f"A language model of {parameters / 1e6:.1f} M parameters, trained on {config.data}",
+        metrics=metrics,
+        plots=(("Loss, nats a token", _curve(steps, evaluations)),) if steps else (),
+        notes=(
+            f"{int(state.step)} steps of {config.batch_size} x {config.length} tokens, tokenizer {config.tokenizer}; "
+            "tokens per second is the median step's. Validation documents were held out by a hash of their names.",
+        ),
+    )
+
+
+def _curve(steps: list[dict[str, float]], evaluations: list[dict[str, float]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], linewidth=1.2, label="training")
+    if evaluations:
+        losses = [math.log(row["validation_perplexity"]) for row in evaluations]
+        axes.plot([row["step"] for row in evaluations], losses, "o", label="validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plan(config: TrainConfig, target: planning.Target) -> planning.Plan:
+    """Compiles the training step of `config` for a target, which need not be there; nothing is executed.
+
+    Parameters and moments lie on the target's mesh by their logical axis names, the batch over its data axes.
+
+    Args:
+        config: The run; `config.mesh` is not read, the target has one.
+        target: From `jaxlab.core.plan.target`.
+
+    Returns:
+        Bytes of one device by kind (parameters, optimizer, input), collectives and kernels.
+    """
+    mesh, model, tx = target.mesh, Decoder(config.model), optimizer(config.optimizer)
+    loss = lm_loss(model)
+    names = loss.abstract_params()
+    state = jax.eval_shape(
+        lambda params, key: TrainState.create(params, tx, key), nn.meta.unbox(names), jax.eval_shape(jax.random.key, 0)
+    )
+    where = state_shardings(state, tx, mesh, names)
+    state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, where)
+    shape = (config.batch_size, config.length)
+    place = batch_sharding(mesh, shape)
+    ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.float32))
+    batch = TokenBatch(ids, ids, ids, ids, weights)
+    labels = TrainState(step="optimizer", params="parameters", opt_state="optimizer", rng="optimizer")
+    step = jax.jit(update_function(loss, tx, config.accumulate), donate_argnums=0, out_shardings=(where, None))
+    return planning.compile(step, state, batch, target=target, labels=(labels, "input"))
