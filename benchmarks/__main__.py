@@ -130,7 +130,7 @@ def _cases(stem: str, quick: bool) -> Iterator[Any]:
 
 
 def _ratio(value: float) -> str:
-    return "∞" if math.isinf(value) else f"{value:.3g}x"
+    return "∞" if math.isinf(value) else f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Long runs whose outcome the documentation shows: `python -m benchmarks.evidence [SYSTEM ...]`.
 
-`benchmarks/evidence/<system>.py` has `items() -> Iterator[Item]`. Each outcome goes to `docs/evidence/<system>.json`
-as it comes, with command, seeds, versions and date, so a killed run goes on where it stopped; an item is run again when
-its settings or the versions have changed. `docs/evidence/<system>.md` is the same as tables, for the pages to include.
+`benchmarks/evidence/<system>.py` has `items() -> Iterator[Item]`, and `pages()` if it writes further pages. Each outcome
+goes to `docs/evidence/<system>.json` as it comes, with command, seeds, versions and date, so a killed run goes on where
+it stopped; an item is run again when its settings or the versions have changed. `docs/evidence/<system>.md` is the same
+as tables, for the pages to include.
 """
 
 import dataclasses
@@ -120,6 +121,9 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.error(f"unknown system {unknown[0]!r}; known: {', '.join(systems())}")
     for system in options.systems or systems():
         make(system, fresh=options.fresh, limit=options.limit)
+        module = importlib.import_module(f"benchmarks.evidence.{system}")
+        if hasattr(module, "pages") and options.limit is None:
+            module.pages()
 
 
 def _items(system: str) -> Iterator[Item]:

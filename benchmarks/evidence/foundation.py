@@ -1,6 +1,5 @@
 """Training steps compiled at full scale for machines that are not here: what one device holds and sends."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,11 +26,11 @@ PLANS: tuple[tuple[str, str, dict[str, int], tuple[str, ...]], ...] = (
 def items() -> Iterator[Item]:
     """One row a layout of the 8B training step."""
     from jaxlab import core, recipes
-    from jaxlab.foundation.recipe import FoundationConfig
+    from jaxlab.training import TrainConfig
 
     for gpu, topology, mesh, overrides in PLANS:
         layout = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-        config = core.load_config(FoundationConfig, recipes.find_config(CONFIG), overrides)
+        config = core.load_config(TrainConfig, recipes.find_config(CONFIG), overrides)
         yield Item(
             name=", ".join((gpu, topology, layout, *overrides)),
             table="An 8.0 B-parameter AdamW step, GiB on one device (XLA's buffer assignment; nothing ran)",
@@ -42,11 +41,18 @@ def items() -> Iterator[Item]:
         )
 
 
+def pages() -> None:
+    """Writes docs/kernels.md."""
+    from benchmarks import kernel_table
+
+    kernel_table.main([])
+
+
 def _plan(gpu: str, topology: str, mesh: dict[str, int], config: Any, overrides: Any, layout: str) -> dict[str, Any]:
     from jaxlab.core.plan import target
-    from jaxlab.foundation.recipe import plan
+    from jaxlab.training import plan
 
-    made = plan(dataclasses.replace(config), target(gpu, topology, mesh))
+    made = plan(config, target(gpu, topology, mesh))
     gib = {kind: size / 2**30 for kind, size in made.bytes.items()}
     sent = {}
     for item in made.collectives:
