@@ -96,9 +96,9 @@ def _bounds(group_sizes):
 
 
 def _tile_rows(m: int, groups: int) -> int:
-    """The power of two at or above two thirds of a mean group: most groups take one or two tiles."""
-    mean = max(1, 2 * m // (3 * groups))
-    return min(m, max(_MIN_ROWS, min(_MAX_ROWS, 1 << (mean - 1).bit_length())))
+    """The power of two at or above three quarters of a mean group: most groups take one or two tiles."""
+    share = max(1, 3 * m // (4 * groups))
+    return min(m, max(_MIN_ROWS, min(_MAX_ROWS, 1 << (share - 1).bit_length())))
 
 
 def _accumulator(*arrays):

@@ -1,0 +1,260 @@
+"""`python -m benchmarks.kernel_table [FILE]` writes docs/kernels.md: every kernel, every implementation, the evidence.
+
+Accuracy is measured here against float64 numpy, time here against the op's peer (taken in turn, so only the ratio
+counts), and what a GPU would do is read from the compiled program: temporaries from XLA's buffer assignment, registers
+and spills from `ptxas`. Without the extra `aot` the GPU tables say so.
+"""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import kernels as shapes
+from benchmarks.harness import interleaved
+from jaxlab import _platform
+from jaxlab.core.errors import MissingExtra
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.grouped_matmul import grouped_matmul
+from tests.oracles import attention as attention_oracle
+from tests.oracles import grouped_matmul as grouped_oracle
+
+FILE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+GPUS = ("h100", "a100")
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A kernel and the inputs on which it is shown.
+
+    Attributes:
+      name: of the op.
+      what: one sentence.
+      function: (*args, implementation=...) -> array.
+      implementations: names that run on a CPU.
+      peer: the one to which times are compared.
+      gpu_implementations: names compiled for GPUs.
+      arrays: CPU inputs, float32.
+      shape: those in words.
+      oracle: (*args, cotangent) -> value and gradients, float64.
+      differentiate: positions of the arguments with gradients.
+      gpu_shapes: arguments and, last, the cotangent of the programs compiled for GPUs.
+      gpu_shape: those in words.
+      notes: what else a reader should know.
+    """
+
+    name: str
+    what: str
+    function: Callable[..., jax.Array]
+    implementations: tuple[str, ...]
+    peer: str
+    gpu_implementations: tuple[str, ...]
+    arrays: Callable[[], tuple[jax.Array, ...]]
+    shape: str
+    oracle: Callable[..., Sequence[np.ndarray]]
+    differentiate: tuple[int, ...]
+    gpu_shapes: Callable[[], tuple[jax.ShapeDtypeStruct, ...]]
+    gpu_shape: str
+    notes: str = ""
+
+
+def _grouped(lhs, rhs, sizes, cotangent):
+    return (
+        grouped_oracle.grouped_matmul(lhs, rhs, sizes),
+        *grouped_oracle.gradients(lhs, rhs, sizes, cotangent),
+    )
+
+
+def _attention(q, k, v, cotangent):
+    return (attention_oracle.attention(q, k, v), *attention_oracle.attention_gradients(q, k, v, cotangent))
+
+
+def _attention_arrays():
+    rng = np.random.default_rng(0)
+    shapes_ = ((1, 256, 4, 32), (1, 256, 2, 32), (1, 256, 2, 32))
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes_)
+
+
+def _attention_gpu_shapes():
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    return array((1, 8192, 16, 128)), array((1, 8192, 4, 128)), array((1, 8192, 4, 128)), array((1, 8192, 16, 128))
+
+
+OPS = (
+    Op(
+        name="grouped_matmul",
+        what="Rows times the matrix of their group: the expert layers of a mixture of experts.",
+        function=grouped_matmul,
+        implementations=("xla", "reference", "ragged_dot"),
+        peer="ragged_dot",
+        gpu_implementations=("triton", "ragged_dot"),
+        arrays=shapes.grouped_inputs,
+        shape=f"{shapes.M} rows, {shapes.G} groups of uneven size, {shapes.K} x {shapes.N} matrices",
+        oracle=_grouped,
+        differentiate=(0, 1),
+        gpu_shapes=shapes.gpu_shapes,
+        gpu_shape="4096 rows, 8 groups, 512 x 256 matrices, bfloat16",
+        notes=(
+            "For comparison: tokamax's Triton kernels (0.0.12, same shape, H100, JAX 0.10.2) use 164 to 166 registers, "
+            "take 2.0 MiB of temporaries for both gradients, and do not spill."
+        ),
+    ),
+    Op(
+        name="flash_attention",
+        what="Attention without the matrix of weights, causal, grouped heads.",
+        function=flash_attention,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("xla", "reference"),
+        arrays=_attention_arrays,
+        shape="1 row of 256 tokens, 4 heads over 2 of keys and values, 32 wide, causal",
+        oracle=_attention,
+        differentiate=(0, 1, 2),
+        gpu_shapes=_attention_gpu_shapes,
+        gpu_shape="1 row of 8192 tokens, 16 heads over 4, 128 wide, causal, bfloat16",
+    ),
+)
+
+
+def lines(ops: Sequence[Op] = OPS) -> Iterator[str]:
+    """The page, line by line."""
+    yield "# Kernels"
+    yield ""
+    yield f"Written by `python -m benchmarks.kernel_table` with JAX {jax.__version__}; nothing here is typed by hand."
+    yield ""
+    yield (
+        "`implementation=None` takes the best implementation for the platform for which a program is lowered: the "
+        "Triton kernel where an op has one and the platform is CUDA or ROCm, `xla` elsewhere. Errors are the largest "
+        "difference from float64 numpy over the root mean square of the result, in float32 on a CPU. Times are ratios "
+        "of medians, taken in turn on the same CPU. GPU figures are facts of the compiled program, not measurements: "
+        "nothing ran on a GPU."
+    )
+    for op in ops:
+        yield from ("", f"## {op.name}", "", op.what, "", f"On this CPU: {op.shape}.", "")
+        yield from _table(_CPU_HEAD.format(peer=op.peer), _cpu_rows(op))
+        yield from ("", f"Compiled for GPUs: {op.gpu_shape}.", "")
+        try:
+            rows = list(_gpu_rows(op))
+        except MissingExtra as missing:
+            yield f"Not compiled: {missing}."
+        else:
+            yield from _table(_GPU_HEAD, rows)
+        if op.notes:
+            yield from ("", op.notes)
+
+
+_TENSOR_CORE = ("wgmma", "mma.sync", "tcgen05.mma")
+_CPU_HEAD = (
+    "implementation | error, value | error, gradients | forward, times faster than {peer} | with gradients | "
+    "temporaries, forward | with gradients"
+)
+_GPU_HEAD = (
+    "GPU | implementation | pass | temporaries | Pallas kernel | registers | spilled bytes | tensor cores | "
+    "16-byte asynchronous copies"
+)
+
+
+def _cpu_rows(op: Op) -> Iterator[tuple[str, ...]]:
+    args = op.arrays()
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=op.function(*args).shape), jnp.float32)
+    exact = [np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x) for x in args]
+    wanted = op.oracle(*exact, np.asarray(cotangent, np.float64))
+
+    def programs(name):
+        forward = functools.partial(op.function, implementation=name)
+        compiled = jax.jit(forward).lower(*args).compile()
+        both = jax.jit(_with_gradients(forward, op.differentiate)).lower(cotangent, *args).compile()
+        return compiled, both
+
+    peer = programs(op.peer)
+    for name in op.implementations:
+        own = peer if name == op.peer else programs(name)
+        value, gradients = own[1](cotangent, *args)
+        errors = [_error(got, want) for got, want in zip((value, *gradients), wanted)]
+        inputs = (args, (cotangent, *args))
+        times = [
+            interleaved(functools.partial(mine, *given), functools.partial(theirs, *given), repeats=5, warmup=1)
+            for mine, theirs, given in zip(own, peer, inputs)
+        ]
+        speed = ["1" if name == op.peer else f"{theirs / mine:.3g}" for mine, theirs in times]
+        memory = [_mib(shapes.temporary_bytes(program)) for program in own]
+        yield (f"`{name}`", f"{errors[0]:.1e}", f"{max(errors[1:]):.1e}", *speed, *memory)
+
+
+def _gpu_rows(op: Op) -> Iterator[tuple[str, ...]]:
+    from jaxlab.core import plan
+
+    *args, cotangent = op.gpu_shapes()
+    for gpu in GPUS:
+        target = plan.target(gpu)
+        for name in op.gpu_implementations:
+            forward = functools.partial(op.function, implementation=name)
+
+            def gradients(cotangent, *args, forward=forward):
+                return _with_gradients(forward, op.differentiate)(cotangent, *args)[1]
+
+            for title, program, given in (("forward", forward, args), ("gradients", gradients, (cotangent, *args))):
+                made = plan.compile(program, *given, target=target, labels=["input"] * len(given))
+                memory = _mib(made.bytes["temporaries"])
+                for kernel in made.kernels or (None,):
+                    yield (gpu.upper(), f"`{name}`", title, memory, *_kernel_cells(kernel))
+
+
+def _kernel_cells(kernel: Any) -> tuple[str, ...]:
+    if kernel is None:
+        return ("none (XLA)", "", "", "", "")
+    used = [name for name in _TENSOR_CORE if any(op.startswith(name) for op in kernel.ptx_instructions)]
+    copies = sum(count for op, count in kernel.ptx_instructions.items() if op.startswith("cp.async.cg"))
+    numbers = ("?" if value is None else str(value) for value in (kernel.registers, kernel.spill_bytes))
+    return (f"`{kernel.name}`", *numbers, ", ".join(f"`{name}`" for name in used) or "no", str(copies))
+
+
+def _with_gradients(forward: Callable[..., jax.Array], differentiate: tuple[int, ...]) -> Callable[..., Any]:
+    def run(cotangent, *args):
+        def of(*chosen):
+            full = list(args)
+            for position, value in zip(differentiate, chosen):
+                full[position] = value
+            return forward(*full)
+
+        value, pullback = jax.vjp(of, *(args[i] for i in differentiate))
+        return value, pullback(cotangent)
+
+    return run
+
+
+def _error(got: jax.Array, want: np.ndarray) -> float:
+    return float(np.abs(np.asarray(got, np.float64) - want).max() / np.sqrt(np.mean(np.square(want))))
+
+
+def _mib(size: int) -> str:
+    return "0" if size == 0 else f"{size / MIB:.3g} MiB"
+
+
+def _table(head: str, rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> Iterator[str]:
+    yield f"| {head} |"
+    yield "|" + "---|" * (head.count("|") + 1)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_table", description=__doc__.partition("\n")[0])
+    parser.add_argument("file", nargs="?", type=Path, default=FILE)
+    options = parser.parse_args(args)
+    _platform.prefer_cpu_without_gpu()
+    text = "\n".join(lines()) + "\n"
+    options.file.write_text(text)
+    print(f"{options.file.name}: {len(OPS)} ops")
+
+
+if __name__ == "__main__":
+    main()
