@@ -1,6 +1,6 @@
 """Long runs whose outcome the documentation shows: `python -m benchmarks.evidence [SYSTEM ...]`.
 
-`benchmarks/evidence/<system>.py` has `items() -> Iterator[Item]`, and `pages()` if it writes further pages. Each outcome
+`benchmarks/evidence/<system>.py` has `items() -> Iterator[Item]`, and `pages()` if it writes further pages. An outcome
 goes to `docs/evidence/<system>.json` as it comes, with command, seeds, versions and date, so a killed run goes on where
 it stopped; an item is run again when its settings or the versions have changed. `docs/evidence/<system>.md` is the same
 as tables, for the pages to include.
