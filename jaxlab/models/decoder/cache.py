@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxlab.models.decoder.config import DecoderConfig
+from pallas_kernels.flash_attention import flash_attention
 
 
 @runtime_checkable
@@ -40,34 +41,42 @@ class Cache(Protocol):
 class KVCache:
     """The contiguous cache: room for `length` positions of every row.
 
-    Make it with `create`; the layout of the arrays is private.
+    Make it with `create`; the layout of the arrays is private: `[L,B,Hkv,S,Dh]`, or a tuple of L `[B,Hkv,S,Dh]`.
     """
 
-    k: Float[Array, "layers b length hkv d"]
-    v: Float[Array, "layers b length hkv d"]
+    k: Any
+    v: Any
 
     @classmethod
-    def create(cls, config: DecoderConfig, batch: int, length: int, dtype: Any = None) -> "KVCache":
+    def create(
+        cls, config: DecoderConfig, batch: int, length: int, dtype: Any = None, *, by_layer: bool = False
+    ) -> "KVCache":
         """An empty cache.
 
         Args:
             config: of the decoder.
             batch: rows B.
-            length: positions a row can hold.
+            length: positions S a row can hold.
             dtype: of the stored keys and values; None is the compute dtype.
+            by_layer: one array a layer, for layers that are not scanned (`config.scan=False`, or parameters laid out
+                by layer): a CPU then attends in place, where it would first copy a layer out of the stacked array.
         """
-        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        zeros = jnp.zeros(shape, jnp.dtype(dtype or config.dtype))
-        return cls(zeros, jnp.copy(zeros))
+        if batch < 1 or length < 1:
+            raise ValueError(f"batch and length: expected at least 1, got {batch} and {length}")
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        dtype, layers = jnp.dtype(dtype or config.dtype), config.num_hidden_layers
+
+        def empty() -> Any:
+            if by_layer:
+                return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+            return jnp.zeros((layers, *shape), dtype)
+
+        return cls(empty(), empty())
 
     @property
     def length(self) -> int:
         """Positions a row can hold."""
-        return self.k.shape[2]
-
-    def take(self, rows: Int[Array, " r"]) -> "KVCache":
-        """The cache whose row i is row `rows[i]` of this one: the samples of one prompt start from it."""
-        return KVCache(self.k[:, rows], self.v[:, rows])
+        return jax.tree.leaves(self.k)[0].shape[-2]
 
     def attend(
         self,
@@ -81,21 +90,48 @@ class KVCache:
         window: int | None,
     ) -> tuple[Float[Array, "b t h d"], "KVCache"]:
         """Writes, then attends; see `Cache.attend`."""
-        batch, length, heads, dim = q.shape
-        slots = jnp.where(positions < 0, self.length, positions)
-        rows = jnp.arange(batch)[:, None]
-        cache = KVCache(
-            self.k.at[layer, rows, slots].set(k.astype(self.k.dtype), mode="drop"),
-            self.v.at[layer, rows, slots].set(v.astype(self.v.dtype), mode="drop"),
-        )
-        keys = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False).astype(q.dtype)
-        values = jax.lax.dynamic_index_in_dim(cache.v, layer, keepdims=False).astype(q.dtype)
-        grouped = q.reshape(batch, length, keys.shape[2], -1, dim)
-        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * scale
-        columns = jnp.arange(self.length)
-        mask = columns <= positions[..., None]
-        if window is not None:
-            mask &= columns > positions[..., None] - window
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e30), axis=-1).astype(q.dtype)
-        out = jnp.einsum("bkgts,bskd->btkgd", weights, values, preferred_element_type=jnp.float32)
-        return out.reshape(batch, length, heads, dim).astype(q.dtype), cache
+        slots = jnp.where(positions < 0, self.length, positions)  # past the end: dropped
+        all_k, keys = _write(self.k, layer, k, slots)
+        all_v, values = _write(self.v, layer, v, slots)
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        attend = _attend_few if q.shape[1] <= _FEW else _attend_many
+        return attend(q, keys, values, positions, scale, window), KVCache(all_k, all_v)
+
+
+_FEW = 8  # up to this many queries a row, their logits over the whole cache are smaller than the cache
+
+
+def _write(arrays: Any, layer: Any, new: Array, slots: Array) -> tuple[Any, Array]:
+    """Puts `new` `[B,T,Hkv,Dh]` into its slots; returns all layers, and this one `[B,Hkv,S,Dh]`."""
+    rows = jnp.arange(new.shape[0])[:, None]
+    if not isinstance(arrays, tuple):
+        arrays = arrays.at[layer, rows, :, slots].set(new.astype(arrays.dtype), mode="drop")
+        return arrays, jax.lax.dynamic_index_in_dim(arrays, layer, keepdims=False)
+    if not isinstance(layer, int):
+        raise TypeError("a KVCache made with by_layer=True needs layers that are not scanned, got a traced layer")
+    own = arrays[layer].at[rows, :, slots].set(new.astype(arrays[layer].dtype), mode="drop")
+    return (*arrays[:layer], own, *arrays[layer + 1 :]), own
+
+
+def _attend_few(q: Array, keys: Array, values: Array, positions: Array, scale: float, window: int | None) -> Array:
+    """A few queries, as in decoding: logits over every slot."""
+    batch, length, _, dim = q.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(batch, length, keys.shape[1], -1, dim).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(batch, keys.shape[1], -1, dim)
+    logits = jnp.einsum("bkmd,bksd->bkms", rows, keys, preferred_element_type=wide) * scale
+    columns = jnp.arange(keys.shape[2])
+    visible = columns <= positions[..., None]
+    if window is not None:
+        visible &= columns > positions[..., None] - window
+    logits = logits.reshape(*grouped.shape[:4], -1)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, -1e30), axis=-1).astype(q.dtype)
+    weights = weights.reshape(batch, keys.shape[1], -1, keys.shape[2])
+    out = jnp.einsum("bkms,bksd->bkmd", weights, values, preferred_element_type=wide).astype(q.dtype)
+    return out.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _attend_many(q: Array, keys: Array, values: Array, positions: Array, scale: float, window: int | None) -> Array:
+    """A prompt or a piece of one: no logits over the whole cache."""
+    keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+    return flash_attention(q, keys, values, q_positions=positions, scale=scale, window=window)
