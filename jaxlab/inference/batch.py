@@ -59,14 +59,18 @@ class _Rows:
 _STATIC = ("model", "processor", "replicated")
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "cache_length", "capacity", "repeat"))
-def _start(model, params, tokens, positions, rows, *, cache_length, capacity, repeat, processor, replicated) -> _State:
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "cache_length", "capacity", "repeat", "by_layer"))
+def _start(
+    model, params, tokens, positions, rows, *, cache_length, capacity, repeat, by_layer, processor, replicated
+) -> _State:
     """Prefills every prompt once, hands its cache to its rows, and draws their first tokens."""
     cache = KVCache.create(model.config, tokens.shape[0], cache_length)
     logits, cache = prefill(model, params, cache, tokens, positions)
     last = jnp.max(positions, axis=1)
     if repeat:
         logits, cache, last = logits[rows.prompt], cache.take(rows.prompt), last[rows.prompt]
+    if by_layer:
+        cache = cache.split()
     count = rows.index.shape[0]
     state = _State(
         cache=cache,
@@ -208,10 +212,12 @@ class Batch:
         if self.steps == 0:
             return
         with self._in_mesh():
-            params, prompts, rows = self._placed()
-            state = _start(self._model, params, *prompts, rows, **self._start_options, **self._static)
-        # A prefill reads the weights once and gains nothing from another layout.
-        params = decode_params(self._model, params) if self._capacity >= _WORTH_LAYING_OUT else params
+            stored, prompts, rows = self._placed()
+            params = decode_params(self._model, stored) if self._capacity >= _WORTH_LAYING_OUT else stored
+            by_layer = is_decode_form(params) or not self._model.config.scan
+            # A prefill reads the weights once and gains nothing from another layout.
+            options = {**self._start_options, "by_layer": by_layer, **self._static}
+            state = _start(self._model, stored, *prompts, rows, **options)
         cut = np.zeros(len(self._rows.index), bool)
         step = 1
         while True:

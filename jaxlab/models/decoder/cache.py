@@ -78,6 +78,15 @@ class KVCache:
         """Positions a row can hold."""
         return jax.tree.leaves(self.k)[0].shape[-2]
 
+    def take(self, rows: Int[Array, " r"]) -> "KVCache":
+        """The cache whose row i is row `rows[i]` of this one: the samples of one prompt start from it."""
+        axis = 0 if isinstance(self.k, tuple) else 1
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), self)
+
+    def split(self) -> "KVCache":
+        """The same cache as `create(by_layer=True)` lays it out."""
+        return KVCache(tuple(self.k), tuple(self.v))
+
     def attend(
         self,
         layer: Any,
