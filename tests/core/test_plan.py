@@ -57,7 +57,7 @@ def test_a_target_is_a_mesh_over_described_devices():
 @needs_aot
 def test_presets_differ_in_memory():
     memory = {gpu: plan.target(gpu).memory_bytes / 2**30 for gpu in ("h100", "h200", "gh200", "b200", "mi250x")}
-    assert memory == pytest.approx({"h100": 79, "h200": 140, "gh200": 96, "b200": 179, "mi250x": 64}, abs=1)
+    assert memory == pytest.approx({"h100": 79, "h200": 140, "gh200": 95, "b200": 179, "mi250x": 64}, abs=1)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -161,7 +161,7 @@ def test_host_arguments_leave_their_label(nodes):
     assert made.bytes["temporaries"] >= shard
     assert made.bytes["total"] == made.bytes["input"] + made.bytes["outputs"] + made.bytes["temporaries"]
     kept = plan.compile(update, moment, grads, target=nodes, labels=("optimizer", "input"))
-    assert str(shard) in kept.notes[0]
+    assert f"{shard // MIB}.00 MiB of outputs" in kept.notes[0]
 
 
 @needs_aot

@@ -220,6 +220,11 @@ def triton_kernels(hlo: str) -> set[str]:
     return {match[1] for line in calls if (match := re.search(r'\bname = "([^"]+)"', line))}
 
 
+def mosaic_calls(hlo: str) -> int:
+    """How many calls of Pallas-Mosaic GPU kernels a module holds."""
+    return hlo.count('custom_call_target="mosaic_gpu')
+
+
 def constant_bytes(hlo: str) -> int:
     """Bytes of the arrays (not single numbers) written into the program."""
     return sum(_bytes(match[1]) for match in re.finditer(r" = (\w+\[\d[\d,]*\]\S*) constant\(", hlo))

@@ -20,6 +20,7 @@ from jaxlab.core.plan import hlo as hlo_text
 from jaxlab.core.plan import ptx
 from jaxlab.core.plan.hlo import Collective
 from jaxlab.core.plan.ptx import Kernel
+from jaxlab.core.plan.table import render, size_text
 from jaxlab.core.plan.targets import Target
 from jaxlab.core.plan.targets import target as make_target
 from pallas_kernels import compat
@@ -50,8 +51,6 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text for a terminal: the verdict, bytes, communication by mesh axis, kernels, notes."""
-        from jaxlab.core.plan.table import render
-
         return render(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +121,9 @@ def compile(
     notes = [target.note] if target.note else []
     to_host = memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
     if to_host > 0:
-        notes.append(f"Besides its arguments the program leaves {to_host} bytes of outputs in host memory.")
+        notes.append(f"Besides its arguments the program leaves {size_text(to_host)} of outputs in host memory.")
+    if mosaic := hlo_text.mosaic_calls(text):
+        notes.append(f"Calls of Mosaic GPU kernels: {mosaic}. Their PTX is made only at run time, so none is listed.")
     if kernels and ptx.find_ptxas() is None:
         notes.append("Registers and spills need ptxas: package nvidia-cuda-nvcc (extra 'aot'), or a CUDA toolkit.")
     return Plan(target, sizes, hlo_text.collectives(text, target.mesh), kernels, text, tuple(notes))
@@ -237,14 +238,15 @@ def _outputs_as_compiled(target: Target) -> Iterator[None]:
     JAX checks them against those asked for. For described devices, which list no memories, it forgets what memory kind
     XLA chose, and would refuse every explicit `out_shardings`.
     """
-    check = pxla._maybe_get_and_check_out_shardings
+    name = "_maybe_get_and_check_out_shardings"
+    check = getattr(pxla, name)
 
     def unchecked(executable: Any, asked: Any, devices: Any, *rest: Any) -> Any:
         described = devices[0] == target.mesh.devices.flat[0]
         return check(executable, [UNSPECIFIED] * len(asked) if described else asked, devices, *rest)
 
-    pxla._maybe_get_and_check_out_shardings = unchecked
+    setattr(pxla, name, unchecked)
     try:
         yield
     finally:
-        pxla._maybe_get_and_check_out_shardings = check
+        setattr(pxla, name, check)

@@ -1,12 +1,13 @@
 """A plan as text."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from jaxlab.core.plan.planning import Plan
+from jaxlab.core.plan.hlo import Collective
 
 
-def render(plan: Plan) -> str:
-    """Fixed-width text: verdict, bytes, collectives, kernels, notes."""
+def render(plan: Any) -> str:
+    """A `Plan` as fixed-width text: verdict, bytes, collectives, kernels, notes."""
     target = plan.target
     axes = " x ".join(f"{name} {size}" for name, size in target.mesh.shape.items())
     count = target.mesh.size
@@ -23,11 +24,7 @@ def render(plan: Plan) -> str:
         *_columns([("a device", "bytes"), *((kind, size_text(size)) for kind, size in plan.bytes.items())]),
     ]
     if plan.collectives:
-        rows = [("collective", "over", "times", "each", "in all")]
-        for item in plan.collectives:
-            over = ", ".join(item.axes) or "-"
-            rows.append((item.op, over, str(item.count), size_text(item.bytes), size_text(item.bytes * item.count)))
-        lines += ["", *_columns(rows)]
+        lines += ["", *_columns([("collective", "over", "times", "each", "in all"), *_traffic(plan.collectives)])]
     if plan.kernels:
         rows = [("kernel", "registers", "spills", "tensor cores", "instructions")]
         for item in plan.kernels:
@@ -52,6 +49,22 @@ def size_text(size: int | float) -> str:
         if abs(size) >= scale:
             return f"{size / scale:.2f} {unit}"
     return f"{size:.0f} B"
+
+
+def _traffic(collectives: Sequence[Collective]) -> list[tuple[str, ...]]:
+    """A row for each collective that matters; those that make up the last thousandth of the bytes share one."""
+    whole = sum(item.bytes * item.count for item in collectives)
+    rows, told = [], 0
+    for i, item in enumerate(collectives):
+        left = whole - told
+        if left < whole / 1000 and i < len(collectives) - 1:
+            times = sum(rest.count for rest in collectives[i:])
+            rows.append((f"{len(collectives) - i} smaller", "", str(times), "", size_text(left)))
+            break
+        told += item.bytes * item.count
+        over = ", ".join(item.axes) or "-"
+        rows.append((item.op, over, str(item.count), size_text(item.bytes), size_text(item.bytes * item.count)))
+    return rows
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -22,7 +22,7 @@ _GIB = 2**30
 class GPU:
     """What XLA's GPU compiler wants to know of a device, and how much memory it has.
 
-    `memory_bytes` is what the driver reports (vendor data sheets round differently), bandwidth is the data sheet's.
+    `memory_bytes` is what CUDA shows a process (data sheets round differently), bandwidth is the data sheet's.
     """
 
     device_kind: str
@@ -67,8 +67,8 @@ GPUS: dict[str, GPU] = {
     ),
     "h100": _H100,
     "h200": GPU("NVIDIA H200", 150_110_011_392, (9, 0), 132, 4.8e12, 50 * 2**20, 1.98),
-    "gh200": GPU("NVIDIA GH200 480GB", 102_625_181_696, (9, 0), 132, 4.0e12, 50 * 2**20, 1.98),
-    "b200": GPU("NVIDIA B200", 192_265_846_784, (10, 0), 148, 7.7e12, 126 * 2**20, 1.965),
+    "gh200": GPU("NVIDIA GH200 480GB", int(94.5 * _GIB), (9, 0), 132, 4.0e12, 50 * 2**20, 1.98),
+    "b200": GPU("NVIDIA B200", int(178.35 * _GIB), (10, 0), 148, 7.7e12, 126 * 2**20, 1.965),
     "mi250x": GPU(
         _H100.device_kind, 64 * _GIB, (9, 0), 132, 3.35232e12, 50 * 2**20, 1.98,
         note="mi250x is the H100 target with 64 GB a device: AMD GPUs cannot be compiled for without ROCm, so kernels "
