@@ -113,7 +113,7 @@ DEEPSEEK = {
 
 
 def build(name: str, **changes: Any) -> Any:
-    """The torch model of a peer, its weights random, of order 1 where it matters, and exact in float16.
+    """The torch model of a peer, its weights random, large enough that everything matters, and exact in float16.
 
     Args:
         name: of `PEERS`.
@@ -143,7 +143,7 @@ def build(name: str, **changes: Any) -> Any:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             fan_in = parameter.shape[-1]
-            parameter.copy_((1 + 0.2 * noise if parameter.ndim == 1 else noise * fan_in**-0.5 * 1.5).half().float())
+            parameter.copy_((1 + 0.2 * noise if parameter.ndim == 1 else noise * fan_in**-0.5 * 1.2).half().float())
     return model.eval()
 
 
