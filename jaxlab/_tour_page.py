@@ -12,6 +12,8 @@ _LONG = 40  # characters from which a text is a quotation, not a figure
 
 _CSS = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
+_UNITS = {"_s": "s", "_ms": "ms", "_mib": "MiB", "_gib": "GiB"}
+
 Part = tuple[str, str, float, str, Report | None]  # name, state, seconds, error, report
 
 
@@ -59,7 +61,7 @@ def _section(part: Part) -> str:
     synthetic = '<span class="badge synthetic">synthetic input</span>' if report.synthetic else ""
     texts = {key: value for key, value in report.metrics.items() if isinstance(value, str) and len(value) > _LONG}
     tiles = "".join(
-        f"<div><b>{escape(_cell(value))}</b><small>{escape(key.replace('_', ' '))}</small></div>"
+        f"<div><b>{escape(_cell(value))}</b><small>{escape(_label(key))}</small></div>"
         for key, value in report.metrics.items()
         if key not in texts
     )
@@ -84,8 +86,10 @@ def _section(part: Part) -> str:
     )
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    rows = list(rows)
+    kinds = (_kind(next((row[index] for row in rows if row[index] is not None), "")) for index, _ in enumerate(columns))
+    head = "".join(f'<th class="{kind}">{escape(column)}</th>' for column, kind in zip(columns, kinds))
     body = "".join(
         "<tr>" + "".join(f'<td class="{_kind(cell)}">{escape(_cell(cell))}</td>' for cell in row) + "</tr>"
         for row in rows
@@ -106,8 +110,17 @@ def _kind(value: Any) -> str:
     return "text" if isinstance(value, str) and len(value) > _LONG else ""
 
 
+def _label(key: str) -> str:
+    """A metric's name as a reader wants it: its unit apart."""
+    name = key.replace("_per_s", "/s")
+    for suffix, unit in _UNITS.items():
+        if name.endswith(suffix):
+            name = f"{name.removesuffix(suffix)}, {unit}" if name != suffix else unit
+    return name.strip("_").replace("_", " ")
+
+
 def _cell(value: Any) -> str:
-    """A value as a reader wants it: four figures, thousands separated, nothing for nothing."""
+    """A value as a reader wants it: three figures, thousands separated, nothing for nothing."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -117,5 +130,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         if value and not 1e-3 <= abs(value) < 1e6:
             return f"{value:.3g}"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)

@@ -63,7 +63,7 @@ def run(config: LayoutsConfig) -> core.Report:
             "parameters": f"{parameters / 1e9:.2f} B",
             "tokens_a_step": config.batch_size * config.length,
             "layout": layout,
-            "gib_a_device": told.bytes["total"] / 2**30,
+            "one_device_gib": told.bytes["total"] / 2**30,
             "verdict": "fits" if told.fits else "does not fit",
         },
         tables=(
