@@ -1,7 +1,6 @@
 """The public grouped matrix product: checks, choice of implementation, gradients."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +65,7 @@ def grouped_matmul(
         program is lowered).
     """
     names = check_names(_OP, _FORWARD, implementation)
+    lhs, rhs, group_sizes = map(jnp.asarray, (lhs, rhs, group_sizes))
     _check(lhs, rhs, group_sizes)
     dtype = jnp.result_type(lhs, rhs) if preferred_element_type is None else jnp.dtype(preferred_element_type)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -73,10 +73,10 @@ def grouped_matmul(
     return _jitted(lhs, rhs, group_sizes, dtype=dtype, implementation=names)
 
 
-def _check(lhs: Any, rhs: Any, group_sizes: Any) -> None:
+def _check(lhs: Array, rhs: Array, group_sizes: Array) -> None:
     for name, array, rank in (("lhs", lhs, 2), ("rhs", rhs, 3), ("group_sizes", group_sizes, 1)):
-        if jnp.ndim(array) != rank:
-            raise ValueError(f"{name} must have rank {rank}, got shape {jnp.shape(array)}")
+        if array.ndim != rank:
+            raise ValueError(f"{name} must have rank {rank}, got shape {array.shape}")
     for name, array in (("lhs", lhs), ("rhs", rhs)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating, got {array.dtype}")
@@ -88,7 +88,7 @@ def _check(lhs: Any, rhs: Any, group_sizes: Any) -> None:
         raise ValueError(
             f"group_sizes must have one entry for each of the {rhs.shape[0]} groups, got {group_sizes.shape}"
         )
-    if not isinstance(group_sizes, jax.core.Tracer) and getattr(group_sizes, "is_fully_addressable", True):
+    if not isinstance(group_sizes, jax.core.Tracer) and group_sizes.is_fully_addressable:
         sizes = np.asarray(group_sizes).astype(np.int64)
         if (sizes < 0).any():
             raise ValueError(f"group_sizes must not be negative, got {sizes.min()} in group {sizes.argmin()}")

@@ -88,13 +88,13 @@ def _rows_kernel(
 
     index, sizes = _load_sizes(sizes_ref)
     heights = (sizes + (tiles.rows - 1)) // tiles.rows
-    group = jnp.sum((jnp.cumsum(heights) <= unit).astype(jnp.int32))
+    group = _sum((jnp.cumsum(heights, dtype=jnp.int32) <= unit).astype(jnp.int32))
     before = index < group
-    group_start = jnp.sum(jnp.where(before, sizes, 0))
-    first = group_start + (unit - jnp.sum(jnp.where(before, heights, 0))) * tiles.rows
+    group_start = _sum(jnp.where(before, sizes, 0))
+    first = group_start + (unit - _sum(jnp.where(before, heights, 0))) * tiles.rows
     # Units past the last group write the zeros of the rows that belong to none: no step, and the array as the end.
     owned = group < groups
-    end = jnp.where(owned, group_start + jnp.sum(jnp.where(index == group, sizes, 0)), m)
+    end = jnp.where(owned, group_start + _sum(jnp.where(index == group, sizes, 0)), m)
     steps = owned.astype(jnp.int32) * pl.cdiv(k, tiles.depth)
     group = jnp.minimum(group, groups - 1)
 
@@ -148,8 +148,8 @@ def _gradient_kernel(rows_ref: Any, grads_ref: Any, sizes_ref: Any, out_ref: Any
     column = program % column_tiles * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
 
     index, sizes = _load_sizes(sizes_ref)
-    start = jnp.sum(jnp.where(index < group, sizes, 0))
-    size = jnp.sum(jnp.where(index == group, sizes, 0))
+    start = _sum(jnp.where(index < group, sizes, 0))
+    size = _sum(jnp.where(index == group, sizes, 0))
 
     def step(i, total):
         # The rows of other groups, and of none, must not enter the sum even as NaN: both sides are masked.
@@ -170,6 +170,10 @@ def _load_sizes(sizes_ref: Any) -> tuple[Array, Array]:
     index = jnp.arange(_power_of_two(sizes_ref.shape[0]), dtype=jnp.int32)
     safe = jnp.minimum(index, sizes_ref.shape[0] - 1)
     return index, plt.load(sizes_ref.at[safe], mask=index < sizes_ref.shape[0], other=0)
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x, dtype=jnp.int32)  # also where 64-bit types are on
 
 
 def _load(ref: Any, where: tuple[Array, ...], *limits: tuple[Array, int | Array]) -> Array:

@@ -25,7 +25,7 @@ def rows_times_weights(
     dtype: DTypeLike,
 ) -> Float[Array, "m n"]:
     """Row i of group g gives `rows[i] @ weights[g]` (`weights[g].T` with `transpose`); rows of no group give zero."""
-    (m, k), groups = rows.shape, weights.shape[0]
+    m, groups = rows.shape[0], weights.shape[0]
     n = weights.shape[1 if transpose else 2]
     tile = _tile_rows(m, groups)
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
@@ -36,10 +36,10 @@ def rows_times_weights(
         matrix = lax.dynamic_index_in_dim(weights, g, keepdims=False).astype(accumulate)
 
         def add_tile(at, own, out):
-            part = lax.dynamic_slice(rows, (at, 0), (tile, k)).astype(accumulate)
+            part = lax.dynamic_slice_in_dim(rows, at, tile).astype(accumulate)
             part = lax.dot_general(part, matrix, contract).astype(dtype)
-            before = lax.dynamic_slice(out, (at, 0), (tile, n))
-            return lax.dynamic_update_slice(out, jnp.where(own, part, before), (at, 0))
+            before = lax.dynamic_slice_in_dim(out, at, tile)
+            return lax.dynamic_update_slice_in_dim(out, jnp.where(own, part, before), at, 0)
 
         return _over_tiles(starts[g], ends[g], m, tile, add_tile, out)
 
@@ -63,8 +63,7 @@ def weights_gradient(
         def add_tile(at, own, total):
             # Both sides are masked: what a foreign row holds may be NaN.
             left, right = (
-                jnp.where(own, lax.dynamic_slice(x, (at, 0), (tile, x.shape[1])), 0).astype(accumulate)
-                for x in (rows, grads)
+                jnp.where(own, lax.dynamic_slice_in_dim(x, at, tile), 0).astype(accumulate) for x in (rows, grads)
             )
             return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())))
 
@@ -91,7 +90,7 @@ def _over_tiles(start, end, m, tile, step, carry):
 
 
 def _bounds(group_sizes):
-    ends = jnp.cumsum(group_sizes)
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     return ends - group_sizes, ends
 
 

@@ -283,3 +283,21 @@ def _shapes(dtype):
 
 def _gradients(lhs, rhs, sizes, cotangent):
     return jax.vjp(lambda l, r: grouped_matmul(l, r, sizes), lhs, rhs)[1](cotangent)
+
+
+@pytest.mark.parametrize("implementation", [None, "interpret"])
+def test_with_64_bit_types(implementation):
+    with jax.enable_x64(True):
+        dtype = jnp.float32 if implementation == "interpret" else jnp.float64
+        harness.check(
+            grouped_matmul,
+            CASES[0],
+            implementation,
+            dtype,
+            oracle=oracle.grouped_matmul,
+            gradients=oracle.gradients,
+            differentiate=(0, 1),
+        )
+        if dtype == jnp.float64:
+            with pytest.raises(NotImplementedError, match="float64"):
+                grouped_matmul(jnp.ones((4, 2)), jnp.ones((1, 2, 3)), jnp.array([4]), implementation="interpret")
