@@ -153,13 +153,13 @@ def _keep_memory_kinds(mesh: jax.sharding.Mesh) -> None:
 
     Described devices list no memories, so JAX has nothing to check a kind against and silently forgets it: arguments in
     host memory would be planned as if they lay on the GPU. The device list that answers the check is therefore one of
-    CPU devices, which know the same kinds; compilation takes the devices from the mesh itself.
+    devices that are here, which know the same kinds; compilation takes the devices from the mesh itself.
     """
-    cpu = jax.local_devices(backend="cpu")[0]
+    here = jax.local_devices()[0]
     # A cached property in JAX 0.10; from 0.11 a property over this attribute.
     name = "_cached_device_list" if hasattr(mesh, "_cached_device_list") else "_internal_device_list"
     device_list = type(getattr(mesh, name))
-    object.__setattr__(mesh, name, device_list((cpu,) * mesh.size))
+    object.__setattr__(mesh, name, device_list((here,) * mesh.size))
 
 
 def _require_gpu_compiler() -> None:
