@@ -12,14 +12,41 @@ Example:
     state = TrainState.create(init_params(model, jax.random.key(0)), tx, jax.random.key(1))
     batches = text_batches("python-stdlib", ByteTokenizer(), batch_size=8, length=64)
     state = fit(state, make_train_step(lm_loss(model), tx), batches, steps=20)
+
+Names are loaded when they are first used, so that importing this package costs nothing.
 """
 
-from jaxlab.training.loop import fit
-from jaxlab.training.loss import Loss, LossOutput, cross_entropy, lm_loss, perplexity
-from jaxlab.training.optimizer import OptimizerConfig, decay_mask, learning_rate_schedule, optimizer
-from jaxlab.training.run import TrainConfig, plan, train
-from jaxlab.training.step import TrainState, make_train_step
-from jaxlab.training.text import TextBatches, TokenBatch, text_batches
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxlab.training.adamw import OptimizerConfig, decay_mask, learning_rate_schedule, optimizer
+    from jaxlab.training.loop import fit
+    from jaxlab.training.loss import Loss, LossOutput, cross_entropy, lm_loss, perplexity
+    from jaxlab.training.run import TrainConfig, plan, train
+    from jaxlab.training.step import TrainState, make_train_step
+    from jaxlab.training.text import TextBatches, TokenBatch, text_batches
+
+_HOME = {
+    "Loss": "loss",
+    "LossOutput": "loss",
+    "OptimizerConfig": "adamw",
+    "TextBatches": "text",
+    "TokenBatch": "text",
+    "TrainConfig": "run",
+    "TrainState": "step",
+    "cross_entropy": "loss",
+    "decay_mask": "adamw",
+    "fit": "loop",
+    "learning_rate_schedule": "adamw",
+    "lm_loss": "loss",
+    "make_train_step": "step",
+    "optimizer": "adamw",
+    "perplexity": "loss",
+    "plan": "run",
+    "text_batches": "text",
+    "train": "run",
+}
 
 __all__ = [
     "Loss",
@@ -41,3 +68,14 @@ __all__ = [
     "text_batches",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

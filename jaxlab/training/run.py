@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from flax import linen as nn
 
 from jaxlab import core
 from jaxlab.core import plan as planning
+from jaxlab.models import cost
 from jaxlab.models.decoder import Decoder, DecoderConfig
+from jaxlab.training.adamw import OptimizerConfig, optimizer
 from jaxlab.training.loop import fit
 from jaxlab.training.loss import lm_loss, perplexity
-from jaxlab.training.optimizer import OptimizerConfig, optimizer
 from jaxlab.training.sharding import batch_sharding, state_shardings
 from jaxlab.training.step import TrainState, make_train_step, update_function
 from jaxlab.training.text import TextBatches, TokenBatch, text_batches
@@ -143,36 +145,25 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
 
 def _peak_flops(config: DecoderConfig) -> float | None:
     """FLOP/s of one device in the model's dtype, where it is known."""
-    from jaxlab.models import cost
-
     kind = jax.devices()[0].device_kind.lower()
     if config.dtype != "bfloat16":
         return None
     return next((peak for name, peak in cost.PEAK_BF16_FLOPS.items() if name in kind.replace(" ", "")), None)
 
 
-class _WithUtilisation:
-    """A metrics logger that adds model FLOPs utilisation to steps with a token rate."""
+class _Logger(core.MetricsLogger):
+    """Adds model FLOPs utilisation to steps with a token rate, where the device's peak is known."""
 
-    def __init__(self, logger: core.MetricsLogger, config: TrainConfig, devices: int):
-        self.logger, self.config, self.devices = logger, config, devices
-        self.peak = _peak_flops(config.model)
+    def __init__(self, folder: Path, config: TrainConfig, devices: int):
+        super().__init__(folder)
+        self._config, self._devices, self._peak = config, devices, _peak_flops(config.model)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Logs the values, with `mfu` where the device's peak is known."""
-        if self.peak is not None and "tokens_per_s" in values:
-            from jaxlab.models import cost
-
-            values = values | {
-                "mfu": cost.mfu(
-                    self.config.model,
-                    values["tokens_per_s"],
-                    self.config.length,
-                    peak_flops=self.peak,
-                    devices=self.devices,
-                )
-            }
-        self.logger.log(step, values)
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Logs the values, with `mfu`."""
+        if self._peak is not None and "tokens_per_s" in values:
+            model, length, rate = self._config.model, self._config.length, float(values["tokens_per_s"])
+            values = {**values, "mfu": cost.mfu(model, rate, length, peak_flops=self._peak, devices=self._devices)}
+        super().log(step, values)
 
 
 def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
@@ -207,7 +198,7 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
         return {"validation_perplexity": perplexity(model, state.params, held_out)}
 
     loss = lm_loss(model)
-    with core.MetricsLogger(folder) as logger:
+    with _Logger(folder, config, 1 if mesh is None else mesh.size) as logger:
         state = fit(
             _initial_state(config, model, tx, mesh),
             make_train_step(loss, tx, accumulate=config.accumulate, mesh=mesh),
@@ -215,7 +206,7 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
             steps=config.steps,
             checkpointer=core.Checkpointer(folder / "checkpoints"),
             every=config.checkpoint_every or config.steps,
-            logger=_WithUtilisation(logger, config, 1 if mesh is None else mesh.size),
+            logger=logger,
             evaluate=evaluate,
             evaluate_every=config.eval_every,
         )
