@@ -87,7 +87,6 @@ def make(system: str, *, folder: Path = FOLDER, fresh: bool = False, limit: int 
         later = {name: value for name, value in kept.items() if name not in content["items"]}
         _write(path, {**content, "items": {**content["items"], **later}})
     _write(path, content)
-    _replace(folder / f"{system}.md", render(content))
     return content
 
 
@@ -145,6 +144,7 @@ def _cell(value: Any) -> str:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     _replace(path, json.dumps(content, indent=1) + "\n")
+    _replace(path.with_suffix(".md"), render(content))
 
 
 def _replace(path: Path, text: str) -> None:
