@@ -71,7 +71,7 @@ def fit(
         if logger is not None:
             logger.log(index, values)
 
-    for index in core.progress(range(first + 1, steps + 1), "training", steps - first):
+    for index in core.progress(range(first + 1, steps + 1), "training"):
         try:
             batch = next(source)
         except StopIteration:

@@ -172,6 +172,7 @@ class LMLoss:
 
     def __call__(self, params: PyTree, batch: TokenBatch, rng: Array | None) -> LossOutput:
         """Sums over the batch's weights."""
+        batch = jax.tree.map(jnp.asarray, batch)
         out = self.model.apply(
             {"params": params},
             batch.tokens,

@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -74,11 +76,19 @@ def state_shardings(state: Any, tx: optax.GradientTransformation, mesh: Mesh, na
 
 
 def place_state(state: Any, shardings: Any) -> Any:
-    """A state on its shardings; leaves that lie there already are not copied, and no process sends to another."""
+    """A state on its shardings; leaves that lie there already are not copied, and no process sends to another.
+
+    Arrays that a process has for itself must be the same in every process.
+    """
 
     def place(leaf, sharding):
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
             return leaf
-        return jax.device_put(leaf, sharding)
+        if jax.process_count() == 1 or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, sharding)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(place, state, shardings)
