@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -14,6 +15,8 @@ from jaxlab.layers.sharding import constrain
 from jaxlab.models.decoder.cache import Cache
 from jaxlab.models.decoder.config import DecoderConfig, LayerRun
 from pallas_kernels.flash_attention import flash_attention
+
+ArrayLike = Array | np.ndarray
 
 
 @struct.dataclass
@@ -27,8 +30,8 @@ class DecoderOutput:
         aux: "blocks_i" -> what the MLPs reported, stacked over the layers of the run; empty if none did.
     """
 
-    logits: Float[Array, "b t v"]
-    hidden: Float[Array, "b t d"]
+    logits: Any
+    hidden: Any
     cache: Any
     aux: dict[str, Any]
 
@@ -234,13 +237,13 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "b t"] | None,
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
+        tokens: Int[ArrayLike, "b t"] | None,
+        positions: Int[ArrayLike, "b t"] | None = None,
+        segment_ids: Int[ArrayLike, "b t"] | None = None,
         cache: Cache | None = None,
         *,
-        embeddings: Float[Array, "b t d"] | None = None,
-        rope_positions: Int[Array, "3 b t"] | None = None,
+        embeddings: Float[ArrayLike, "b t d"] | None = None,
+        rope_positions: Int[ArrayLike, "3 b t"] | None = None,
         train: bool = False,
     ) -> DecoderOutput:
         """One pass over tokens, or over embeddings.
@@ -272,6 +275,9 @@ class Decoder(nn.Module):
         if rope_positions is not None and rope_positions.shape != (3, batch, length):
             raise ValueError(f"rope_positions: expected shape {(3, batch, length)}, got {rope_positions.shape}")
 
+        tokens, positions, segment_ids, embeddings, rope_positions = jax.tree.map(
+            jnp.asarray, (tokens, positions, segment_ids, embeddings, rope_positions)
+        )
         if positions is None:
             positions = _count(batch, length, segment_ids)
         x = self.embed(tokens) if embeddings is None else embeddings.astype(jnp.dtype(config.dtype))
@@ -287,8 +293,9 @@ class Decoder(nn.Module):
         hidden = self.final_norm(x)
         return DecoderOutput(self.unembed(hidden), hidden, cache, aux)
 
-    def unembed(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch v"]:
+    def unembed(self, hidden: Float[ArrayLike, "*batch d"]) -> Float[Array, "*batch v"]:
         """Logits, float32, of final hidden states."""
+        hidden = jnp.asarray(hidden)
         if not self.config.tie_word_embeddings:
             return self.head(hidden)
         dtype = jnp.dtype(self.config.dtype)
