@@ -66,5 +66,6 @@ def _plan(gpu: str, topology: str, mesh: dict[str, int], config: Any, overrides:
         "temporaries": gib["temporaries"],
         "total": gib["total"],
         "fits": made.fits,
+        **({"note": " ".join(made.notes)} if made.notes else {}),
         "collectives, GiB": ", ".join(f"{name} {size:.2f}" for name, size in sorted(sent.items())),
     }
