@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
@@ -84,11 +84,14 @@ def generate(
     for _ in batch.run(_TEXT_SEGMENT if by_text else max(batch.steps, 1), reader.completed if by_text else None):
         pass
     rows = [ids[:length] for ids, length in zip(batch.tokens, batch.lengths)]
+    # device_put compiles nothing, where jnp.asarray makes a program for each new shape.
+    mask = np.arange(batch.steps) < batch.lengths[:, None]
+    tokens, mask, logps, lengths = jax.device_put((batch.tokens, mask, batch.logps, batch.lengths))
     return Generation(
-        tokens=jnp.asarray(batch.tokens),
-        mask=jnp.asarray(np.arange(batch.steps) < batch.lengths[:, None]),
-        logps=jnp.asarray(batch.logps),
-        lengths=jnp.asarray(batch.lengths),
+        tokens=tokens,
+        mask=mask,
+        logps=logps,
+        lengths=lengths,
         finish_reason=tuple("stop" if stopped else "length" for stopped in batch.stopped),
         text=None if reader is None else tuple(reader.final(ids) for ids in rows),
     )

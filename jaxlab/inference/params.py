@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 class SamplingParams:
     """How one request is sampled. Checked when made.
 
-    Sequences are kept as tuples. Truncation follows the temperature, in the order top_k, top_p, min_p; top_p counts the mass that top_k left.
+    Sequences are kept as tuples. Truncation follows the temperature, in the order top_k, top_p, min_p; top_p counts the
+    mass that top_k left.
 
     Attributes:
         max_tokens: how many tokens at most.
@@ -89,13 +90,11 @@ class SamplingArrays:
     def stack(cls, params: Sequence[SamplingParams]) -> "SamplingArrays":
         """One row for each element of `params`."""
 
-        def column(name: str, dtype: type) -> Array:
-            return jnp.asarray(np.array([getattr(one, name) for one in params], dtype))
+        def column(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(one, name) for one in params], dtype)
 
-        return cls(
-            column("temperature", np.float32),
-            # A top_k beyond int32 is beyond any vocabulary.
-            jnp.asarray(np.array([min(one.top_k, 2**31 - 1) for one in params], np.int32)),
-            column("top_p", np.float32),
-            column("min_p", np.float32),
-        )
+        # A top_k beyond int32 is beyond any vocabulary.
+        top_k = np.minimum(column("top_k", np.int64), 2**31 - 1).astype(np.int32)
+        # device_put compiles nothing, where jnp.asarray makes a program for each new shape.
+        columns = column("temperature", np.float32), top_k, column("top_p", np.float32), column("min_p", np.float32)
+        return cls(*jax.device_put(columns))

@@ -61,7 +61,7 @@ def decode_step(
     *,
     rope_positions: Int[Array, "3 b"] | None = None,
     return_logits: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Writes one token of each row into the cache and draws the next.
 
     Args:
