@@ -211,12 +211,12 @@ class Batch:
         """
         if self.steps == 0:
             return
+        stored, prompts, rows = self._placed()
+        params = decode_params(self._model, stored) if self._capacity >= _WORTH_LAYING_OUT else stored
+        by_layer = is_decode_form(params) or not self._model.config.scan
+        options = {**self._start_options, "by_layer": by_layer, **self._static}
         with self._in_mesh():
-            stored, prompts, rows = self._placed()
-            params = decode_params(self._model, stored) if self._capacity >= _WORTH_LAYING_OUT else stored
-            by_layer = is_decode_form(params) or not self._model.config.scan
             # A prefill reads the weights once and gains nothing from another layout.
-            options = {**self._start_options, "by_layer": by_layer, **self._static}
             state = _start(self._model, stored, *prompts, rows, **options)
         cut = np.zeros(len(self._rows.index), bool)
         step = 1
