@@ -46,7 +46,7 @@ asked.plots[0][1]
 # %%
 from jaxlab.foundation import recipe
 
-config = recipes.load(recipe.run, "configs/foundation/laptop.yaml", ["steps=120", "sample_tokens=160"])
+config = recipes.load(recipe.run, "configs/foundation/laptop.yaml", ["steps=250", "sample_tokens=160"])
 learned = recipe.run(config)
 learned.plots[0][1]
 

@@ -24,7 +24,7 @@ class FoundationConfig(TrainConfig):
 
     prompt: str = "def "
     sample_tokens: int = 240
-    temperature: float = 0.6
+    temperature: float = 0.7
     folder: str | None = None
 
 
