@@ -113,7 +113,7 @@ def _loss_memory() -> Case:
         return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
     return Case(
-        "training", "loss, 2048 tokens, V 49152", "temporary MiB", mib(chunked), mib(plain), "log_softmax", bar=2.0
+        "foundation", "loss, 2048 tokens, V 49152", "temporary MiB", mib(chunked), mib(plain), "log_softmax", bar=2.0
     )
 
 
@@ -129,8 +129,8 @@ def cases(quick: bool) -> Iterator[Case]:
     for name, peer in peers.items():
         mine, theirs = interleaved(ours, peer, repeats=repeats, warmup=2)
         yield Case(
-            "training",
-            "step of a 10M-parameter decoder, f32",
+            "foundation",
+            "training step of a 10M-parameter decoder, f32",
             "tokens/s",
             tokens / mine,
             tokens / theirs,
