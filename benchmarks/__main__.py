@@ -108,6 +108,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="file to append to")
     options = parser.parse_args(args)
     _platform.prefer_cpu_without_gpu()
+    _platform.quiet_compiler()
     try:
         modules(options.systems)
     except ValueError as error:

@@ -24,3 +24,11 @@ def prefer_cpu_without_gpu() -> None:
     )
     if installed and not has_gpu() and not os.environ.get("JAX_PLATFORMS"):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def quiet_compiler() -> None:
+    """Keeps XLA's C++ warnings (choices of its partitioner and scheduler) off the terminal; errors still show.
+
+    Must run before `import jax`; a level the user has set is left alone. What came of those choices is in the plan.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -93,6 +93,7 @@ _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value]..."
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the command `jaxlab`; ends the process with the command's exit code."""
     _platform.prefer_cpu_without_gpu()
+    _platform.quiet_compiler()
     app(args=None if args is None else list(args), prog_name="jaxlab")
 
 

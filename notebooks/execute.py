@@ -102,6 +102,7 @@ def prefer_cpu() -> None:
     from jaxlab import _platform
 
     _platform.prefer_cpu_without_gpu()
+    _platform.quiet_compiler()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 
 

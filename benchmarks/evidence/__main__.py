@@ -4,4 +4,5 @@ from benchmarks import evidence
 from jaxlab import _platform
 
 _platform.prefer_cpu_without_gpu()
+_platform.quiet_compiler()
 evidence.main()
