@@ -74,7 +74,7 @@ def run(config: AnswerConfig) -> core.Report:
     )
 
 
-def _surety(out: Any, tokenizer: Any, limit: int = 56) -> Any:
+def _surety(out: Any, tokenizer: Any, limit: int = 44) -> Any:
     """Probability of each of the first `limit` generated tokens; each stands below its bar, the unsure stand out."""
     import numpy as np
 
@@ -82,10 +82,10 @@ def _surety(out: Any, tokenizer: Any, limit: int = 56) -> Any:
 
     count = min(int(out.lengths[0]), limit)
     tokens, chance = np.asarray(out.tokens[0])[:count], np.exp(np.asarray(out.logps[0])[:count])
-    drawn, axes = figure(11.0, 3.6)
+    drawn, axes = figure(9.0, 3.4)
     axes.bar(np.arange(count), chance, color=[ORANGE if each < _UNSURE else BLUE for each in chance], width=0.85)
     words = [tokenizer.decode([int(token)]).strip().replace("$", r"\$") for token in tokens]
-    axes.set_xticks(np.arange(count), words, rotation=90, fontsize=8)
+    axes.set_xticks(np.arange(count), words, rotation=90, fontsize=9)
     axes.set_xlim(-0.6, count - 0.4)
     axes.set_ylabel("probability")
     axes.set_ylim(0, 1.02)

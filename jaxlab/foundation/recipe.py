@@ -22,8 +22,8 @@ class FoundationConfig(TrainConfig):
       folder: keeps metrics, checkpoints and the model; none: a temporary one, so that every run starts anew.
     """
 
-    prompt: str = "def "
-    sample_tokens: int = 240
+    prompt: str = "class Stack:\n    def "
+    sample_tokens: int = 300
     temperature: float = 0.7
     folder: str | None = None
 
