@@ -4,18 +4,8 @@ import jax
 import pytest
 
 from jaxlab.models import ByteTokenizer
-from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
-
-CONFIG = DecoderConfig(
-    vocab_size=258,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-    max_position_embeddings=128,
-)
+from jaxlab.models.decoder import Decoder, MoESpec, init_params
+from tests.inference.multiprocess_cases import CONFIG
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +27,5 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def sparse():
     """A mixture of experts, with its parameters."""
-    from jaxlab.models.decoder import MoESpec
-
     model = Decoder(dataclasses.replace(CONFIG, moe=MoESpec(4, 2, 16), tie_word_embeddings=False, qkv_bias=True))
     return model, init_params(model, jax.random.key(1))
