@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxlab.layers.sharding import named
+
 
 class Linear(nn.Module):
     """Contracts the last `in_axes` axes of x with a kernel `[*inputs, *features]`.
@@ -48,9 +50,7 @@ class Linear(nn.Module):
             y = jax.lax.dot_general(kernel_t, rows_of_x, contract, preferred_element_type=out_dtype).T
             return self._biased(y.reshape(*lead, *self.features))
         init = nn.initializers.truncated_normal(self.init_scale / math.sqrt(fan_in))
-        kernel = self.param(
-            "kernel", nn.with_partitioning(init, self.names), (*inputs, *self.features), jnp.dtype(self.param_dtype)
-        )
+        kernel = self.param("kernel", named(init, self.names), (*inputs, *self.features), jnp.dtype(self.param_dtype))
         # Two flat matrices: XLA's CPU backend multiplies these without a copy, and the kernel's gradient, too. Under a
         # mesh the batch and sequence axes may be split, so there they stay apart.
         rows = (math.prod(lead),) if jax.sharding.get_abstract_mesh().empty else lead
@@ -64,6 +64,6 @@ class Linear(nn.Module):
 
     def _biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
         if self.use_bias:
-            bias_init = nn.with_partitioning(nn.initializers.zeros_init(), self.names[self.in_axes :])
+            bias_init = named(nn.initializers.zeros_init(), self.names[self.in_axes :])
             y = y + self.param("bias", bias_init, self.features, jnp.dtype(self.param_dtype)).astype(y.dtype)
         return y

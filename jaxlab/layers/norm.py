@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxlab.layers.sharding import named
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, computed in float32 (Zhang and Sennrich, 2019, arXiv:1910.07467).
@@ -22,7 +24,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Normalises `x`; the result has the dtype of `x`."""
-        init = nn.with_partitioning(nn.initializers.ones_init(), (self.axis_name,))
+        init = named(nn.initializers.ones_init(), (self.axis_name,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.param_dtype))
         wide = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)

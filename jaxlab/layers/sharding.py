@@ -1,4 +1,7 @@
-"""Activations by logical axis names, under whatever mesh is in force."""
+"""Logical axis names: of parameters, and of activations under whatever mesh is in force."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -6,6 +9,11 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jaxlab.core.mesh import DEFAULT_RULES, shardings
+
+
+def named(init: Callable[..., Any], names: tuple[str | None, ...]) -> Callable[..., Any]:
+    """An initialiser whose result carries logical axis names; modules see the plain array."""
+    return nn.with_partitioning(init, names)
 
 
 def constrain(x: Array, names: tuple[str | None, ...]) -> Array:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.layers.linear import Linear
 from jaxlab.layers.mlp import GatedMLP
+from jaxlab.layers.sharding import named
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -102,9 +103,7 @@ class SparseMLP(nn.Module):
         self, name: str, names: tuple[str, ...], shape: tuple[int, int], init_scale: float
     ) -> Float[Array, "e k n"]:
         init = nn.initializers.truncated_normal(init_scale / np.sqrt(shape[0]))
-        return self.param(
-            name, nn.with_partitioning(init, names), (self.num_experts, *shape), jnp.dtype(self.param_dtype)
-        )
+        return self.param(name, named(init, names), (self.num_experts, *shape), jnp.dtype(self.param_dtype))
 
 
 @jax.custom_vjp

@@ -254,13 +254,13 @@ def _backward(rules, q, k, v, d_out, lse, delta, ids):
     nothing = _zeros_like((*k.shape[:2], k.shape[3], k.shape[2]), lse)
 
     def query_chunk(sums, i):
-        own = [_cut(x, 3, i, rules.chunk) for x in (q, d_out, lse, delta)]
+        q_own, d_own, lse_own, delta_own = (_cut(x, 3, i, rules.chunk) for x in (q, d_out, lse, delta))
 
         def key_chunk(j, state):
             dq, dk, dv = state
             mask = _dynamic_mask(rules, ids, queries, keys, i, j)
             k_part, v_part = _cut(k, 2, j, rules.key_chunk), _cut(v, 2, j, rules.key_chunk)
-            dq_part, dk_part, dv_part = _chunk_gradients(rules, own[0], k_part, v_part, *own[1:], mask)
+            dq_part, dk_part, dv_part = _chunk_gradients(rules, q_own, k_part, v_part, d_own, lse_own, delta_own, mask)
             dk, dv = (
                 jax.lax.dynamic_update_slice_in_dim(
                     whole, _cut(whole, 3, j, rules.key_chunk) + part, j * rules.key_chunk, 3
@@ -269,7 +269,7 @@ def _backward(rules, q, k, v, d_out, lse, delta, ids):
             )
             return dq + dq_part, dk, dv
 
-        start = (_zeros_like(own[0].shape, lse), *sums)
+        start = (_zeros_like(q_own.shape, lse), *sums)
         dq, dk, dv = jax.lax.fori_loop(*_key_bounds(rules, ids, i, queries, keys), key_chunk, start)
         return (dk, dv), dq
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxlab.core import plan
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention import xla as xla_form
+from tests.aot import needs_aot
 from tests.oracles.attention import attention, attention_gradients
 
 
@@ -187,3 +189,20 @@ def test_wrong_arguments(unchecked):
     for error, message, call in wrong:
         with pytest.raises(error, match=message):
             call()
+
+
+@needs_aot
+def test_memory_on_an_h100():
+    """Compiled for a GPU that is not here: temporaries grow with the length, far below the bf16 logits."""
+
+    def gradients(q, k, v, d_out):
+        return jax.vjp(flash_attention, q, k, v)[1](d_out)
+
+    def temporaries(length):
+        q = jax.ShapeDtypeStruct((1, length, 8, 64), jnp.bfloat16)
+        kv = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+        return plan.compile(gradients, q, kv, kv, q, target=plan.target("h100"), labels=("input",) * 4).bytes
+
+    short, long = temporaries(2048)["temporaries"], temporaries(8192)["temporaries"]
+    assert long < 4.4 * short
+    assert long < 8 * 8192 * 8192 * 2 / 10

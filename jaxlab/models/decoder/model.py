@@ -11,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxlab.layers import GatedMLP, Linear, RMSNorm, SelfAttention, SparseMLP, rope_frequencies, rope_tables
-from jaxlab.layers.sharding import constrain
+from jaxlab.layers.sharding import constrain, named
 from jaxlab.models.decoder.cache import Cache
 from jaxlab.models.decoder.config import DecoderConfig, LayerRun
 from pallas_kernels.flash_attention import flash_attention
@@ -39,6 +39,11 @@ class DecoderOutput:
 def _out_init_scale(config: DecoderConfig) -> float:
     # Each layer adds twice to the residual stream; this keeps its variance at the start (GPT-2).
     return (2 * config.num_hidden_layers) ** -0.5
+
+
+def _head_dim(config: DecoderConfig) -> int:
+    assert config.head_dim is not None  # the configuration fills it in
+    return config.head_dim
 
 
 def default_mlp(config: DecoderConfig, layer_is_sparse: bool) -> nn.Module:
@@ -85,7 +90,7 @@ class Block(nn.Module):
         self.attn = SelfAttention(
             config.num_attention_heads,
             config.num_key_value_heads,
-            config.head_dim,
+            _head_dim(config),
             qkv_bias=config.qkv_bias,
             qk_norm=config.qk_norm,
             norm_epsilon=config.rms_norm_eps,
@@ -161,9 +166,10 @@ class Stack(nn.Module):
             x, cache = carry
             layer_params, layer = per_layer
             rngs = None if rng is None else {"mlp": jax.random.fold_in(rng, layer)}
-            x, cache, aux = block.apply(
+            result: Any = block.apply(
                 {"params": layer_params}, x, cos, sin, lambda *qkv: attend(cache, layer, *qkv), train=train, rngs=rngs
             )
+            x, cache, aux = result
             return (x, cache), aux
 
         if self.config.remat == "block" and cache is None:
@@ -221,7 +227,7 @@ class Decoder(nn.Module):
             config.hidden_size,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
-            embedding_init=nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+            embedding_init=named(nn.initializers.normal(0.02), ("vocab", "embed")),
         )
         self.blocks = [Stack(config, run, self.mlp) for run in config.layer_runs()]
         self.final_norm = RMSNorm(config.rms_norm_eps, "embed", config.param_dtype)
@@ -268,7 +274,8 @@ class Decoder(nn.Module):
             raise ValueError("expected either tokens or embeddings, got " + ("neither" if tokens is None else "both"))
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids cannot be used with a cache: expected None; a cache's rows are one segment")
-        batch, length = tokens.shape if embeddings is None else embeddings.shape[:2]
+        given: Any = tokens if embeddings is None else embeddings
+        batch, length = given.shape[:2]
         for name, value in (("positions", positions), ("segment_ids", segment_ids)):
             if value is not None and value.shape != (batch, length):
                 raise ValueError(f"{name}: expected shape {(batch, length)}, got {value.shape}")
@@ -306,7 +313,7 @@ class Decoder(nn.Module):
     def _rope(self, positions: Array) -> tuple[Array, Array]:
         rope = self.config.rope
         frequencies, magnitude = rope_frequencies(
-            self.config.head_dim,
+            _head_dim(self.config),
             rope.rope_theta,
             rope.rope_type,
             factor=rope.factor,
@@ -323,7 +330,7 @@ class Decoder(nn.Module):
         return rope_tables(positions, frequencies, magnitude, rope.mrope_section)
 
     def _attend(self, positions: Array, segment_ids: Array | None, window: int | None) -> Callable:
-        scale = self.config.head_dim**-0.5
+        scale = _head_dim(self.config) ** -0.5
 
         def attend(cache, layer, q, k, v):
             if cache is not None:
