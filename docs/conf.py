@@ -37,7 +37,7 @@ default_role = "code"
 add_module_names = False
 python_maximum_signature_line_length = 88
 # Links from one notebook page to a file of the repository, and lexers that notebooks name by version.
-suppress_warnings = ["misc.highlighting_failure", "toc.empty_glob"]
+suppress_warnings = ["misc.highlighting_failure"]
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxlab"
