@@ -87,7 +87,7 @@ app = typer.Typer(
     help="Ten published systems as one JAX library.",
 )
 
-_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value]...", help="Values over the YAML file's.")]
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=value", help="Values over the YAML file's.")]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -250,7 +250,7 @@ def _recipe_app(name: str) -> typer.Typer:
     @verbs.command()
     def run(
         arguments: Annotated[
-            list[str] | None, typer.Argument(metavar="[CONFIG] [a.b=value]...", help="Default: the laptop config.")
+            list[str] | None, typer.Argument(metavar="CONFIG a.b=value", help="Default: the laptop config.")
         ] = None,
         folder: Annotated[Path | None, typer.Option(help="Gets report.json; default out/<system>.")] = None,
     ) -> None:

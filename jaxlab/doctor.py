@@ -199,12 +199,15 @@ def _abilities(devices: list[str], missing: dict[str, tuple[str, ...]]) -> Itera
 
 def _compile_ability() -> Ability:
     name = "compile for GPUs that are not here (jaxlab plan)"
-    plugin, jaxlib = (versions([package])[package] for package in ("jax-cuda13-plugin", "jaxlib"))
-    if plugin is None:
+    found = versions(["jax-cuda13-plugin", "jax-cuda12-plugin", "jaxlib"])
+    jaxlib = found.pop("jaxlib")
+    plugins = {plugin: version for plugin, version in found.items() if version is not None}
+    if not plugins:
         return Ability(name, False, "pip install 'jaxlab[aot]'")
-    if plugin != jaxlib:
-        return Ability(name, False, f"jax-cuda13-plugin is {plugin}, jaxlib {jaxlib}; they must be equal")
-    return Ability(name, True, f"jax-cuda13-plugin {plugin}")
+    plugin, version = next(iter(plugins.items()))
+    if version != jaxlib:
+        return Ability(name, False, f"{plugin} is {version}, jaxlib {jaxlib}; they must be equal")
+    return Ability(name, True, f"{plugin} {version}")
 
 
 def _ptxas_ability() -> Ability:

@@ -51,7 +51,7 @@ def run(config: LayoutsConfig) -> core.Report:
         for item in sorted(told.collectives, key=lambda item: -item.bytes * item.count)
         if item.bytes * item.count >= 2**20
     ]
-    kinds = [kind for kind in _KINDS if any(made.bytes.get(kind) for made in plans.values())]
+    kinds = [kind for kind in _KINDS if any(made.bytes.get(kind, 0) >= 2**24 for made in plans.values())]
     rows = [
         (name, *(made.bytes.get(kind, 0) / 2**30 for kind in kinds), made.bytes["total"] / 2**30, made.fits)
         for name, made in plans.items()
