@@ -60,5 +60,5 @@ def case_dense_over_data_fsdp_and_tensor(folder):
 
 
 def case_sparse_over_fsdp_and_expert(folder):
-    moe = MoESpec(4, 2, 8, shared_ffn_size=8, renormalise=True, sparse_layers=(1,))
-    _compare(dataclasses.replace(CONFIG, moe=moe), {"fsdp": 2, "expert": 4})
+    moe = MoESpec(4, 2, 8, shared_ffn_size=8, renormalise=True)
+    _compare(dataclasses.replace(CONFIG, moe=moe, num_hidden_layers=1), {"fsdp": 2, "expert": 4})
