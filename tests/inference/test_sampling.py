@@ -85,7 +85,7 @@ def test_wide_truncation_is_exact(case):
     logits = np.random.default_rng(1).normal(size=1000) * 0.3
     expected = truncated(logits.astype(np.float32), **case)
     kept = set()
-    for seed in range(8):
+    for seed in range(4):
         kept |= support(logits, keys_seed=seed, **case)
     allowed = set(np.flatnonzero(expected).tolist())
     assert kept <= allowed
