@@ -193,7 +193,7 @@ def test_doctor_sees_through_extras(monkeypatch):
     assert doctor._required("jaxlab", "b") == {"absent-one", "numpy", "absent-two"}
 
 
-def test_train_then_generate(run, tiny, tmp_path):
+def test_train_and_train_again(run, tiny, tmp_path):
     folder = tmp_path / "out"
     code, out, err = run("train", tiny, folder)
     assert code == 0, err
