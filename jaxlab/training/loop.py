@@ -82,15 +82,15 @@ def fit(
         log()
         unlogged = (index, metrics, batch.tokens.size if hasattr(batch, "tokens") else 0)
         last = index == steps
-        saves = checkpointer is not None and (last or index % every == 0)
-        evaluates = evaluate is not None and (last or (evaluate_every and index % evaluate_every == 0))
-        if saves or evaluates:
+        saves = last or index % every == 0
+        evaluates = last or (evaluate_every and index % evaluate_every == 0)
+        if (checkpointer is not None and saves) or (evaluate is not None and evaluates):
             log()
-            if evaluates:
+            if evaluate is not None and evaluates:
                 values = evaluate(state)
                 if logger is not None:
                     logger.log(index, {name: float(value) for name, value in values.items()})
-            if saves:
+            if checkpointer is not None and saves:
                 position = batches.state() if hasattr(batches, "state") else None
                 checkpointer.save(index, state, {"batches": position})
             clock = time.perf_counter()

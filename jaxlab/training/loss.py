@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import struct
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxlab.models.decoder import abstract_params, head_weight
+from jaxlab.models.decoder import Decoder, abstract_params, head_weight
 from jaxlab.training.sharding import BATCH_AXES, place_batch
 from jaxlab.training.text import TokenBatch
 
@@ -156,7 +155,7 @@ def router_loss(aux: PyTree, aux_loss_coef: int | float, z_loss_coef: int | floa
     total = jnp.zeros((), jnp.float32)
     for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
         name = getattr(path[-1], "name", getattr(path[-1], "key", None)) if path else None
-        coefficient = {"aux_loss": aux_loss_coef, "z_loss": z_loss_coef}.get(name, 0.0)
+        coefficient = {"aux_loss": aux_loss_coef, "z_loss": z_loss_coef}.get(str(name), 0.0)
         if coefficient:
             total = total + coefficient * jnp.sum(leaf.astype(jnp.float32))
     return total
@@ -166,14 +165,14 @@ def router_loss(aux: PyTree, aux_loss_coef: int | float, z_loss_coef: int | floa
 class LMLoss:
     """Next-token loss of a decoder, as `lm_loss` makes it: a `Loss` that also knows its parameters' axis names."""
 
-    model: nn.Module
+    model: Decoder
     aux_loss_coef: int | float
     z_loss_coef: int | float
 
     def __call__(self, params: PyTree, batch: TokenBatch, rng: Array | None) -> LossOutput:
         """Sums over the batch's weights."""
         batch = jax.tree.map(jnp.asarray, batch)
-        out = self.model.apply(
+        out: Any = self.model.apply(
             {"params": params},
             batch.tokens,
             batch.positions,
@@ -192,7 +191,7 @@ class LMLoss:
         return abstract_params(self.model)
 
 
-def lm_loss(model: nn.Module, *, aux_loss_coef: int | float = 0.01, z_loss_coef: int | float = 0.0) -> "LMLoss":
+def lm_loss(model: Decoder, *, aux_loss_coef: int | float = 0.01, z_loss_coef: int | float = 0.0) -> "LMLoss":
     """The next-token cross-entropy of a `Decoder` on `TokenBatch`es, plus the routers' losses where it has experts.
 
     Logits exist one chunk of tokens at a time. Metric: `accuracy`, the share of tokens that greedy decoding would get.
@@ -206,21 +205,22 @@ def lm_loss(model: nn.Module, *, aux_loss_coef: int | float = 0.01, z_loss_coef:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate(model: nn.Module, params: PyTree, batch: TokenBatch) -> LossOutput:
+def _evaluate(model: Decoder, params: PyTree, batch: TokenBatch) -> LossOutput:
     return LMLoss(model, 0.0, 0.0)(params, batch, None)
 
 
-def perplexity(model: nn.Module, params: PyTree, batches: Iterable[TokenBatch]) -> float:
+def perplexity(model: Decoder, params: PyTree, batches: Iterable[TokenBatch]) -> float:
     """Exp of the mean token cross-entropy over `batches`, each target weighted equally.
 
     Raises:
         ValueError: The batches hold no target.
     """
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     total = weight = 0.0
     for batch in batches:
-        if isinstance(sharding, NamedSharding):
-            batch = place_batch(batch, sharding.mesh)
+        if isinstance(mesh, Mesh):
+            batch = place_batch(batch, mesh)
         out = _evaluate(model, params, batch)
         total, weight = total + float(out.total), weight + float(out.weight)
     if weight == 0:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxlab import core
@@ -158,7 +159,7 @@ class _Logger(core.MetricsLogger):
         super().__init__(folder)
         self._config, self._devices, self._peak = config, devices, _peak_flops(config.model)
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int | np.integer, values: Mapping[str, Any]) -> None:
         """Logs the values, with `mfu`."""
         if self._peak is not None and "tokens_per_s" in values:
             model, length, rate = self._config.model, self._config.length, float(values["tokens_per_s"])

@@ -70,7 +70,7 @@ def state_shardings(state: Any, tx: optax.GradientTransformation, mesh: Mesh, na
     replicated = NamedSharding(mesh, PartitionSpec())
     params = params_shardings(state.params, mesh, names)
     opt_state = optax.tree.map_params(
-        tx, lambda _, sharding: sharding, state.opt_state, params, transform_non_params=lambda _: replicated
+        tx.init, lambda _, sharding: sharding, state.opt_state, params, transform_non_params=lambda _: replicated
     )
     return state.replace(step=replicated, rng=replicated, params=params, opt_state=opt_state)
 

@@ -89,8 +89,8 @@ def _package_docs() -> list[tuple[str, str]]:
     documents = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
-        description = distribution.metadata.get_payload()
-        if isinstance(description, str) and description.strip():
+        _, _, description = (distribution.read_text("METADATA") or "").partition("\n\n")  # headers, blank line, text
+        if description.strip():
             documents[f"{name}/METADATA"] = description
         for file in distribution.files or ():
             if file.suffix in _DOC_SUFFIXES and ".." not in file.parts:
