@@ -3,7 +3,8 @@
 A decode step multiplies a handful of rows with every weight, so it costs what reading the weights costs. The stored
 tree loses twice there: a scan over stacked layers copies each layer out before use, and XLA's CPU products of few rows
 read `[in, out]` matrices at about half the speed of `[out, in]`. `decode_params` makes, once, one tree for each layer
-with transposed kernels, q, k and v joined and gate and up joined; `Decoder` accepts both forms.
+with transposed kernels, q, k and v joined and gate and up joined, and the embedding as the head where they are tied;
+`Decoder` accepts both forms.
 """
 
 import math
@@ -35,7 +36,8 @@ def decode_params(model: Any, params: Any) -> Any:
     if any(device.platform != "cpu" for leaf in leaves for device in leaf.devices()):
         return params
     changed = {name: params[name] for name in params if name.startswith("blocks_") or name == "head"}
-    return {**params, **_lay_out(model, changed)}
+    tied = {} if "head" in params else {"head": {"kernel_t": params["embed"]["embedding"]}}
+    return {**params, **tied, **_lay_out(model, changed)}
 
 
 def is_decode_form(params: Any) -> bool:

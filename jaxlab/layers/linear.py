@@ -5,9 +5,23 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from jaxlab.layers.sharding import named
+
+_FEW_ROWS = 16
+
+
+def few_rows(x: Float[Array, "m k"], kernel_t: Float[Array, "n k"], out_dtype: DTypeLike) -> Float[Array, "m n"]:
+    """`x @ kernel_t.T`, fast on a CPU for the few rows of a decode step, whose cost is reading the kernel.
+
+    Few rows are multiplied and summed instead of contracted: measured a tenth faster than XLA's product of the same
+    rows, and a row's result does not depend on its mates.
+    """
+    if x.shape[0] <= _FEW_ROWS:
+        wide = jnp.promote_types(kernel_t.dtype, jnp.float32)
+        return jnp.sum(kernel_t.astype(wide) * x.astype(wide)[:, None, :], axis=-1).astype(out_dtype)
+    return jax.lax.dot_general(kernel_t, x, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype).T
 
 
 class Linear(nn.Module):
@@ -42,12 +56,9 @@ class Linear(nn.Module):
         dtype = jnp.dtype(self.dtype or x.dtype)
         out_dtype = jnp.dtype(self.out_dtype or dtype)
         if self.has_variable("params", "kernel_t"):
-            # The form of `inference.decode_params`, [outputs, inputs]: few rows of x against it run at the speed of
-            # the memory on a CPU, if it stands on the left.
+            # The form of `inference.decode_params`, [outputs, inputs].
             kernel_t = self.get_variable("params", "kernel_t").astype(dtype)
-            rows_of_x = x.astype(dtype).reshape(-1, fan_in)
-            contract = (((1,), (1,)), ((), ()))
-            y = jax.lax.dot_general(kernel_t, rows_of_x, contract, preferred_element_type=out_dtype).T
+            y = few_rows(x.astype(dtype).reshape(-1, fan_in), kernel_t, out_dtype)
             return self._biased(y.reshape(*lead, *self.features))
         init = nn.initializers.truncated_normal(self.init_scale / math.sqrt(fan_in))
         kernel = self.param("kernel", named(init, self.names), (*inputs, *self.features), jnp.dtype(self.param_dtype))

@@ -231,15 +231,14 @@ class Decoder(nn.Module):
         )
         self.blocks = [Stack(config, run, self.mlp) for run in config.layer_runs()]
         self.final_norm = RMSNorm(config.rms_norm_eps, "embed", config.param_dtype)
-        if not config.tie_word_embeddings:
-            self.head = Linear(
-                (config.vocab_size,),
-                ("embed", "vocab"),
-                dtype=config.dtype,
-                out_dtype="float32",
-                param_dtype=config.param_dtype,
-                init_scale=0.02 * config.hidden_size**0.5,
-            )
+        self.head = Linear(
+            (config.vocab_size,),
+            ("embed", "vocab"),
+            dtype=config.dtype,
+            out_dtype="float32",
+            param_dtype=config.param_dtype,
+            init_scale=0.02 * config.hidden_size**0.5,
+        )
 
     def __call__(
         self,
@@ -303,7 +302,8 @@ class Decoder(nn.Module):
     def unembed(self, hidden: Float[ArrayLike, "*batch d"]) -> Float[Array, "*batch v"]:
         """Logits, float32, of final hidden states."""
         hidden = jnp.asarray(hidden)
-        if not self.config.tie_word_embeddings:
+        # `inference.decode_params` gives tied models a head, too: the embedding, in the form of the other kernels.
+        if not self.config.tie_word_embeddings or self.has_variable("params", "head"):
             return self.head(hidden)
         dtype = jnp.dtype(self.config.dtype)
         weight = self.embed.embedding.astype(dtype)
