@@ -8,9 +8,9 @@ Names are loaded when they are first used, so that importing this package costs 
 `jsonl`, `image_metrics` and `compat` are modules of it.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from jaxlab.core import lazy
 from jaxlab.core.errors import CheckpointError, DataUnavailable, MissingExtra
 from jaxlab.core.progress import progress
 
@@ -24,23 +24,6 @@ if TYPE_CHECKING:
     from jaxlab.core.mesh import DEFAULT_RULES, MESH_AXES, make_mesh, shardings
     from jaxlab.core.metrics import MetricsLogger
     from jaxlab.core.report import Report
-
-_HOME = {
-    "Checkpointer": "checkpoint",
-    "DEFAULT_RULES": "mesh",
-    "MESH_AXES": "mesh",
-    "MetricsLogger": "metrics",
-    "Report": "report",
-    "count_compilations": "compilation",
-    "data_path": "data",
-    "load_config": "config",
-    "make_mesh": "mesh",
-    "named_key": "keys",
-    "save_config": "config",
-    "shardings": "mesh",
-    "to_dict": "config",
-}
-_MODULES = ("compat", "distributed", "image_metrics", "jsonl", "plan", "tasks")
 
 __all__ = [
     "DEFAULT_RULES",
@@ -68,15 +51,17 @@ __all__ = [
     "to_dict",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "checkpoint": ("Checkpointer",),
+        "compilation": ("count_compilations",),
+        "config": ("load_config", "save_config", "to_dict"),
+        "data": ("data_path",),
+        "keys": ("named_key",),
+        "mesh": ("DEFAULT_RULES", "MESH_AXES", "make_mesh", "shardings"),
+        "metrics": ("MetricsLogger",),
+        "report": ("Report",),
+    },
+    modules=("compat", "distributed", "image_metrics", "jsonl", "plan", "tasks"),
+)

@@ -16,7 +16,7 @@ evaluations of one input (cameras of a scene, guidance branches of an image)."""
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
 DEFAULT_RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ("data", "fsdp", "node", "expert")),
     ("sequence", "sequence"),
     ("vocab", "tensor"),
     ("embed", "fsdp"),
@@ -25,6 +25,7 @@ DEFAULT_RULES = (
     ("head_dim", None),
     ("mlp", "tensor"),
     ("expert", ("node", "expert")),
+    ("expert_tensor", ("node", "expert", "tensor")),
     ("layers", None),
 )
 """Where each logical axis goes: pairs of (logical name, mesh axis, tuple of mesh axes, or None for replicated)."""

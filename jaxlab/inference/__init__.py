@@ -14,8 +14,9 @@ Example:
 Names are loaded when they are first used, so that importing this package costs nothing.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxlab.core import lazy
 
 if TYPE_CHECKING:
     from jaxlab.inference.generation import Generation, generate, stream
@@ -23,18 +24,6 @@ if TYPE_CHECKING:
     from jaxlab.inference.params import SamplingArrays, SamplingParams
     from jaxlab.inference.sampling import sample
     from jaxlab.inference.steps import decode_step, prefill
-
-_HOME = {
-    "Generation": "generation",
-    "SamplingArrays": "params",
-    "SamplingParams": "params",
-    "decode_params": "layout",
-    "decode_step": "steps",
-    "generate": "generation",
-    "prefill": "steps",
-    "sample": "sampling",
-    "stream": "generation",
-}
 
 __all__ = [
     "Generation",
@@ -48,13 +37,13 @@ __all__ = [
     "stream",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "generation": ("Generation", "generate", "stream"),
+        "layout": ("decode_params",),
+        "params": ("SamplingArrays", "SamplingParams"),
+        "sampling": ("sample",),
+        "steps": ("decode_step", "prefill"),
+    },
+)

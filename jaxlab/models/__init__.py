@@ -10,23 +10,14 @@ Example:
 `load` (tensor files), `cost` (FLOPs, bytes, MFU) and `decoder` are modules of it. Names are loaded when first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxlab.core import lazy
 
 if TYPE_CHECKING:
     from jaxlab.models import cost, decoder, load
     from jaxlab.models.pretrained import load_pretrained, save_pretrained
     from jaxlab.models.tokenizer import ByteTokenizer, Tokenizer, chat_prompt, load_tokenizer
-
-_HOME = {
-    "ByteTokenizer": "tokenizer",
-    "Tokenizer": "tokenizer",
-    "chat_prompt": "tokenizer",
-    "load_pretrained": "pretrained",
-    "load_tokenizer": "tokenizer",
-    "save_pretrained": "pretrained",
-}
-_MODULES = ("cost", "decoder", "load")
 
 __all__ = [
     "ByteTokenizer",
@@ -40,14 +31,11 @@ __all__ = [
     "save_pretrained",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "pretrained": ("load_pretrained", "save_pretrained"),
+        "tokenizer": ("ByteTokenizer", "Tokenizer", "chat_prompt", "load_tokenizer"),
+    },
+    modules=("cost", "decoder", "load"),
+)

@@ -16,8 +16,9 @@ Example:
 Names are loaded when they are first used, so that importing this package costs nothing.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxlab.core import lazy
 
 if TYPE_CHECKING:
     from jaxlab.training.adamw import OptimizerConfig, decay_mask, learning_rate_schedule, optimizer
@@ -26,27 +27,6 @@ if TYPE_CHECKING:
     from jaxlab.training.run import TrainConfig, plan, train
     from jaxlab.training.step import TrainState, make_train_step
     from jaxlab.training.text import TextBatches, TokenBatch, text_batches
-
-_HOME = {
-    "Loss": "loss",
-    "LossOutput": "loss",
-    "OptimizerConfig": "adamw",
-    "TextBatches": "text",
-    "TokenBatch": "text",
-    "TrainConfig": "run",
-    "TrainState": "step",
-    "cross_entropy": "loss",
-    "decay_mask": "adamw",
-    "fit": "loop",
-    "learning_rate_schedule": "adamw",
-    "lm_loss": "loss",
-    "make_train_step": "step",
-    "optimizer": "adamw",
-    "perplexity": "loss",
-    "plan": "run",
-    "text_batches": "text",
-    "train": "run",
-}
 
 __all__ = [
     "Loss",
@@ -69,13 +49,14 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "adamw": ("OptimizerConfig", "decay_mask", "learning_rate_schedule", "optimizer"),
+        "loop": ("fit",),
+        "loss": ("Loss", "LossOutput", "cross_entropy", "lm_loss", "perplexity"),
+        "run": ("TrainConfig", "plan", "train"),
+        "step": ("TrainState", "make_train_step"),
+        "text": ("TextBatches", "TokenBatch", "text_batches"),
+    },
+)

@@ -11,7 +11,8 @@ from jaxtyping import PyTree
 
 from jaxlab import core
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "node", "expert")
+"""Mesh axes that share out the rows of a batch: the ranks of expert parallelism are data parallel in dense blocks."""
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

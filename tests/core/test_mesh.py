@@ -72,6 +72,12 @@ def test_one_dimension_over_two_axes():
     assert _specs(leaf, mesh) == PartitionSpec(("node", "expert"))
     assert _specs(_boxed((2, 4), "expert", "embed"), mesh) == PartitionSpec()  # 2 experts over 4 places
     assert _specs(_boxed((8, 4), "batch", None), make_mesh({"data": 2, "fsdp": 4})) == PartitionSpec(("data", "fsdp"))
+    # Ranks of expert parallelism are data parallel in dense blocks; with sequence-sharded experts tensor ranks join.
+    assert _specs(_boxed((8, 4), "batch", None), mesh) == PartitionSpec(("data", "node", "expert"))
+    joined = make_mesh({"node": 2, "expert": 2, "tensor": 2})
+    assert _specs(_boxed((8, 4, 6), "expert_tensor", "embed", "mlp"), joined) == PartitionSpec(
+        ("node", "expert", "tensor")
+    )
 
 
 def test_own_rules():
