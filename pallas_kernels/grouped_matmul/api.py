@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Integer
 
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
-from pallas_kernels.grouped_matmul import ragged_dot, reference, triton, xla
+from pallas_kernels.grouped_matmul import gating, ragged_dot, reference, triton, xla
 
 _OP = "grouped_matmul"
 _FORWARD = {
@@ -25,6 +25,13 @@ _GRADIENT = {
     "interpret": functools.partial(triton.weights_gradient, interpret=True),
     "ragged_dot": ragged_dot.weights_gradient,
 }
+_GATED = {
+    module.__name__.rpartition(".")[2]: gating.composed(module.rows_times_weights, module.weights_gradient)
+    for module in (reference, xla, triton, ragged_dot)
+}
+_GATED["interpret"] = gating.composed(_FORWARD["interpret"], _GRADIENT["interpret"])
+_GATED_FORWARD = {name: forward for name, (forward, _) in _GATED.items()}
+_GATED_GRADIENTS = {name: gradients for name, (_, gradients) in _GATED.items()}
 
 
 def grouped_matmul(
@@ -32,6 +39,8 @@ def grouped_matmul(
     rhs: Float[Array, "g k n"],
     group_sizes: Integer[Array, " g"],
     *,
+    rhs_up: Float[Array, "g k n"] | None = None,
+    act: str | None = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "m n"]:
@@ -41,15 +50,20 @@ def grouped_matmul(
     rows `rhs[1]`, and so on. No group is padded, and a group may be empty. Rows past `sum(group_sizes)` belong to
     nobody: they give zero rows, take zero gradient and give none, whatever they hold (NaN too).
 
-    Differentiable in `lhs` and `rhs` (reverse mode), and usable under `jit`, `vmap` (one element after the other),
-    `jax.checkpoint` and `shard_map`. Sums are taken in float32 (float64 for float64 inputs).
+    With `rhs_up` every row gives `act(row @ rhs[g]) * (row @ rhs_up[g])`, the first half of a gated expert, and the two
+    products are not stored.
+
+    Differentiable in `lhs`, `rhs` and `rhs_up` (reverse mode), and usable under `jit`, `vmap` (one element after the
+    other), `jax.checkpoint` and `shard_map`. Sums are taken in float32 (float64 for float64 inputs).
 
     Args:
       lhs: rows, any floating dtype.
       rhs: one matrix a group.
       group_sizes: rows of each group, any integer dtype; not negative, together at most m. Both are checked only where
         the sizes are concrete (outside `jit`).
-      preferred_element_type: dtype of the result; by default the common dtype of `lhs` and `rhs`.
+      rhs_up: a second matrix for each group; `rhs` is then the gate.
+      act: of the gate: "silu" (also called "swiglu") or "gelu" (the exact one); goes with `rhs_up`, and only with it.
+      preferred_element_type: dtype of the result; by default the common dtype of `lhs` and the matrices.
       implementation: "triton" (CUDA, ROCm), "xla" (anywhere), "interpret" (the Triton kernels, interpreted, for tests),
         "reference", "ragged_dot" (JAX's own, for comparison), or several of them to be tried in order; None takes the
         best for the platform for which the program is lowered.
@@ -58,19 +72,45 @@ def grouped_matmul(
       The products, [m, n].
 
     Raises:
-      ValueError: ranks, inner sizes or the number of groups disagree; concrete sizes are negative or exceed m; unknown
-        implementation.
+      ValueError: ranks, shapes or the number of groups disagree; `rhs_up` without `act` or the reverse, an unknown
+        `act`; concrete sizes are negative or exceed m; unknown implementation.
       TypeError: a dtype is not floating (not integer, for `group_sizes`).
       NotImplementedError: the implementation asked for cannot serve the dtype or the platform (the latter when the
         program is lowered).
     """
     names = check_names(_OP, _FORWARD, implementation)
     lhs, rhs, group_sizes = map(jnp.asarray, (lhs, rhs, group_sizes))
+    rhs_up = None if rhs_up is None else jnp.asarray(rhs_up)
     _check(lhs, rhs, group_sizes)
-    dtype = jnp.result_type(lhs, rhs) if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    _check_gate(rhs, rhs_up, act)
+    dtype = (
+        jnp.result_type(*_present(lhs, rhs, rhs_up))
+        if preferred_element_type is None
+        else jnp.dtype(preferred_element_type)
+    )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"preferred_element_type must be floating, got {dtype}")
-    return _jitted(lhs, rhs, group_sizes, dtype=dtype, implementation=names)
+    act = None if act is None else gating.ACTIVATIONS[act]
+    return _jitted(lhs, rhs, rhs_up, group_sizes, act=act, dtype=dtype, implementation=names)
+
+
+def _present(*arrays: Array | None) -> list[Array]:
+    return [array for array in arrays if array is not None]
+
+
+def _check_gate(rhs: Array, rhs_up: Array | None, act: str | None) -> None:
+    if (rhs_up is None) != (act is None):
+        raise ValueError(
+            f"rhs_up and act go together, got act={act!r} {'without' if rhs_up is None else 'with'} rhs_up"
+        )
+    if rhs_up is None:
+        return
+    if act not in gating.ACTIVATIONS:
+        raise ValueError(f"unknown act {act!r}; expected one of: {', '.join(gating.ACTIVATIONS)}")
+    if rhs_up.shape != rhs.shape:
+        raise ValueError(f"rhs_up must have the shape of rhs, {rhs.shape}, got {rhs_up.shape}")
+    if not jnp.issubdtype(rhs_up.dtype, jnp.floating):
+        raise TypeError(f"rhs_up must be floating, got {rhs_up.dtype}")
 
 
 def _check(lhs: Array, rhs: Array, group_sizes: Array) -> None:
@@ -97,11 +137,13 @@ def _check(lhs: Array, rhs: Array, group_sizes: Array) -> None:
 
 
 # Jitted, so that an eager call is one program too, and the platform is that of the arguments.
-@functools.partial(jax.jit, static_argnames=("dtype", "implementation"))
-def _jitted(lhs, rhs, group_sizes, *, dtype, implementation):
+@functools.partial(jax.jit, static_argnames=("act", "dtype", "implementation"))
+def _jitted(lhs, rhs, rhs_up, group_sizes, *, act, dtype, implementation):
     if 0 in (*lhs.shape, *rhs.shape):
         return jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
-    lhs, rhs, group_sizes = vary_alike(lhs, rhs, group_sizes.astype(jnp.int32))
+    lhs, rhs, group_sizes, *up = vary_alike(*_present(lhs, rhs, group_sizes.astype(jnp.int32), rhs_up))
+    if up:
+        return _gated(act, dtype, implementation, lhs, rhs, *up, group_sizes)
     return _product(dtype, implementation, lhs, rhs, group_sizes)
 
 
@@ -123,6 +165,24 @@ def _product_backward(dtype, implementation, residuals, grads):
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gated(act, dtype, implementation, lhs, rhs, rhs_up, group_sizes):
+    return _run(_GATED_FORWARD, implementation, lhs, rhs, rhs_up, group_sizes, act=act, dtype=dtype)
+
+
+def _gated_forward(act, dtype, implementation, *args):
+    return _gated(act, dtype, implementation, *args), args
+
+
+def _gated_backward(act, dtype, implementation, residuals, grads):
+    del dtype
+    gradients = _run(_GATED_GRADIENTS, implementation, *residuals, grads, act=act)
+    return *gradients, None
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _run(table, implementation, *args, **settings):
