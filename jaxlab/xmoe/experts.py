@@ -1,0 +1,75 @@
+"""The experts' matrices, and what every way of dispatching returns."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlab.xmoe.config import MoEConfig
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+class Experts(NamedTuple):
+    """The experts that one device holds: E_l of them.
+
+    Attributes:
+        gate: `[E_l,H,F]`; None unless the activation is "swiglu".
+        up: `[E_l,H,F]`.
+        down: `[E_l,F,H]`.
+    """
+
+    gate: Array | None
+    up: Array
+    down: Array
+
+
+class Routed(NamedTuple):
+    """What a dispatcher gives, of one device.
+
+    Attributes:
+        y: `[S,H]`, the weighted sum of each token's experts.
+        dropped_recv: rows that its receive buffers had no room for, int32.
+        inter_node_rows: rows it sent to other nodes, one direction, int32.
+    """
+
+    y: Array
+    dropped_recv: Array
+    inter_node_rows: Array
+
+
+def act(x: Float[Array, "..."], activation: str) -> Float[Array, "..."]:
+    """The experts' nonlinearity: SiLU, or the exact GELU."""
+    return jax.nn.gelu(x, approximate=False) if activation == "gelu" else jax.nn.silu(x)
+
+
+def expert_ffn(
+    rows: Float[Array, "m h"], experts: Experts, group_sizes: Int[Array, " e"], config: MoEConfig
+) -> Float[Array, "m h"]:
+    """Each row through its expert; rows lie expert after expert, and those past the last give zeros.
+
+    Args:
+        rows: tokens, in the compute dtype; the matrices are cast to it.
+        experts: the matrices.
+        group_sizes: rows of each expert.
+        config: the layer.
+    """
+    gate, up, down = (None if matrix is None else matrix.astype(rows.dtype) for matrix in experts)
+    product = _products(config)
+    if gate is None:
+        inner = act(product(rows, up, group_sizes), config.activation)
+    else:
+        inner = jax.nn.silu(product(rows, gate, group_sizes)) * product(rows, up, group_sizes)
+    return product(inner, down, group_sizes)
+
+
+def _products(config: MoEConfig):
+    def product(rows, matrices, group_sizes):
+        return grouped_matmul(rows, matrices, group_sizes, implementation=config.kernel_implementation)
+
+    return product
+
+
+def no_exchange(y: Float[Array, "s h"]) -> Routed:
+    """The result of a dispatcher that sent no rows anywhere."""
+    return Routed(y, jnp.int32(0), jnp.int32(0))
