@@ -87,5 +87,5 @@ def _split(name: str, size: int, tp: int) -> int:
 
 
 def _mask_bytes(item: int) -> int:
-    """Bytes of one entry of [S, E, C]: weights in float32, a bool, and copies in the compute dtype where that differs."""
+    """Bytes of an entry of [S, E, C]: weights in float32, a bool, and copies in the compute dtype if that differs."""
     return 4 + 1 + item + (item if item != 4 else 0)
