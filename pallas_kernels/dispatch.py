@@ -26,7 +26,7 @@ _ORDER: Mapping[str | None, tuple[str, ...]] = {
     None: ("xla",),  # every other platform
 }
 # Names that do not serve every platform.
-_SERVES = {"triton": ("cuda", "rocm"), "mosaic": ("cuda",)}
+_SERVES = {"triton": ("cuda", "rocm"), "mosaic": ("cuda",), "ragged": ("cuda", "rocm")}
 
 Implementation = str | Sequence[str] | None
 

@@ -1,0 +1,93 @@
+"""Experts spread over devices: tokens travel to them, padding-free and, with RBD, without redundant copies.
+
+Dispatchers to be called inside a `jax.shard_map` over `config.expert_axes`; every device has its own tokens and E / W
+consecutive experts.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxlab.xmoe.config import MoEConfig
+from jaxlab.xmoe.exchange import Delivery, bring_back, deliver
+from jaxlab.xmoe.experts import Experts, Routed, expert_ffn
+from jaxlab.xmoe.peers import Peers, device_index, receive_rows, topology_of
+from jaxlab.xmoe.pft import build_pft
+from jaxlab.xmoe.router import Routing
+from pallas_kernels.token_combine import token_combine
+from pallas_kernels.token_gather import token_gather
+
+ExpertFunction = Callable[[Array, Experts, Array, MoEConfig], Array]
+
+
+def pft(
+    x: Float[Array, "s h"],
+    routing: Routing,
+    config: MoEConfig,
+    experts: Experts,
+    key: Array | None = None,
+    *,
+    expert_fn: ExpertFunction = expert_ffn,
+) -> Routed:
+    """Sends one row for each kept slot to its expert's device, and one back (X-MoE section 2.4).
+
+    Args:
+        x: this device's tokens.
+        routing: their experts.
+        config: the layer.
+        experts: this device's E / W experts.
+        key: not used.
+        expert_fn: what the experts do to rows that lie expert after expert.
+
+    Raises:
+        ValueError: unbound axes, or experts that do not divide over them.
+    """
+    del key
+    topology = topology_of(config)
+    peers = Peers(config.expert_axes)
+    local = local_experts(experts, config, peers.size)
+    kernels = config.kernel_implementation
+    how = {"implementation": config.exchange_implementation, "kernels": kernels}
+
+    buffer = build_pft(routing, config)
+    rows = token_gather(x, buffer.token_ids, buffer.inv, buffer.num_valid, implementation=kernels)
+    room = receive_rows(config, x.shape[0], routing.capacity, peers.size, local)
+    counts = buffer.tokens_per_expert.reshape(peers.size, local)
+    received, sizes, lost, delivery = deliver(rows, counts, peers, out_rows=room, **how)
+    done = expert_fn(received, experts, sizes, config)
+    back = bring_back(done, delivery, peers, sent_rows=rows.shape[0], **how)
+    y = token_combine(back, routing.weights, buffer.inv, buffer.slots, buffer.num_valid, implementation=kernels)
+    return Routed(y, lost, rows_abroad(delivery, config, topology.devices_per_node))
+
+
+def local_experts(experts: Experts, config: MoEConfig, devices: int) -> int:
+    """How many experts this device has.
+
+    Raises:
+        ValueError: not E / W.
+    """
+    count = config.num_experts // devices
+    if experts.up.shape[0] != count:
+        raise ValueError(
+            f"experts must be this device's {count} of num_experts={config.num_experts} on {devices} devices, "
+            f"got {experts.up.shape[0]}"
+        )
+    return count
+
+
+def rows_abroad(delivery: Delivery, config: MoEConfig, devices_per_node: int) -> Int[Array, ""]:
+    """Rows of an exchange over all of `expert_axes` that left the own node."""
+    if delivery.splits is None:
+        return jnp.int32(0)
+    sizes = delivery.splits.send_sizes
+    nodes = jnp.arange(sizes.shape[0], dtype=jnp.int32) // devices_per_node
+    return jnp.sum(jnp.where(nodes == device_index(config) // devices_per_node, 0, sizes))
+
+
+def tensor_sliced_ffn(
+    rows: Float[Array, "m h"], experts: Experts, group_sizes: Int[Array, " e"], config: MoEConfig
+) -> Float[Array, "m h"]:
+    """`expert_ffn` where each rank of `config.tp_axis` has a slice of the inner width (TED): a sum over the ranks."""
+    return lax.psum(expert_ffn(rows, experts, group_sizes, config), config.tp_axis)
