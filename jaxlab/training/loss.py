@@ -1,5 +1,6 @@
 """Losses as sums, and the language-model loss that never holds all logits at once."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -150,15 +151,44 @@ def _chunks(tokens: int, length: int, vocab: int) -> int:
     return next(chunks for chunks in range(min(wanted, length), length + 1) if length % chunks == 0)
 
 
-def router_loss(aux: PyTree, aux_loss_coef: int | float, z_loss_coef: int | float) -> Float[Array, ""]:
-    """The routers' losses found in `DecoderOutput.aux`: every field `aux_loss` and `z_loss`, summed over the layers."""
-    total = jnp.zeros((), jnp.float32)
+def _reports(aux: PyTree) -> dict[str, list[Array]]:
+    """What sparse layers say about themselves: field name -> one float32 array a run of layers, layers first."""
+    found: dict[str, list[Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
         name = getattr(path[-1], "name", getattr(path[-1], "key", None)) if path else None
-        coefficient = {"aux_loss": aux_loss_coef, "z_loss": z_loss_coef}.get(str(name), 0.0)
+        found.setdefault(str(name), []).append(leaf.astype(jnp.float32))
+    return found
+
+
+def router_loss(aux: PyTree, aux_loss_coef: int | float, z_loss_coef: int | float) -> Float[Array, ""]:
+    """The routers' losses found in `DecoderOutput.aux`: every field `aux_loss` and `z_loss`, summed over the layers."""
+    reports, total = _reports(aux), jnp.zeros((), jnp.float32)
+    for name, coefficient in (("aux_loss", aux_loss_coef), ("z_loss", z_loss_coef)):
         if coefficient:
-            total = total + coefficient * jnp.sum(leaf.astype(jnp.float32))
+            total = total + coefficient * sum(jnp.sum(leaf) for leaf in reports.get(name, ()))
     return total
+
+
+def router_metrics(aux: PyTree) -> dict[str, Float[Array, ""]]:
+    """How routing goes, from `DecoderOutput.aux`; empty without sparse layers.
+
+    `aux_loss`, `z_loss` and `dropped_fraction` are means over the sparse layers, and so is `expert_load_max`, the
+    busiest expert's tokens over the mean expert's (1 = balanced); `expert_load_min` is the idlest one's in any layer.
+    `dropped_recv` counts rows that receive buffers had no room for, in all layers.
+    """
+    reports = _reports(aux)
+    metrics = {
+        name: jnp.mean(jnp.concatenate([leaf.reshape(-1) for leaf in reports[name]]))
+        for name in ("aux_loss", "z_loss", "dropped_fraction")
+        if name in reports
+    }
+    if "tokens_per_expert" in reports:
+        loads = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in reports["tokens_per_expert"]])
+        loads = loads / jnp.maximum(jnp.mean(loads, axis=-1, keepdims=True), 1e-9)
+        metrics |= {"expert_load_max": jnp.mean(jnp.max(loads, axis=-1)), "expert_load_min": jnp.min(loads)}
+    if "dropped_recv" in reports:
+        metrics["dropped_recv"] = jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in reports["dropped_recv"]]))
+    return metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +214,8 @@ class LMLoss:
         total, hits = _sharded_cross_entropy(out.hidden, head, batch.targets, batch.weights)
         weight = jnp.sum(batch.weights)
         total = total + weight * router_loss(out.aux, self.aux_loss_coef, self.z_loss_coef)
-        return LossOutput(total, weight, {"accuracy": hits})
+        routing = {name: weight * value for name, value in router_metrics(out.aux).items()}
+        return LossOutput(total, weight, {"accuracy": hits, **routing})
 
     def abstract_params(self) -> PyTree:
         """The parameters' shapes, boxed with their logical axis names."""
@@ -194,7 +225,8 @@ class LMLoss:
 def lm_loss(model: Decoder, *, aux_loss_coef: int | float = 0.01, z_loss_coef: int | float = 0.0) -> "LMLoss":
     """The next-token cross-entropy of a `Decoder` on `TokenBatch`es, plus the routers' losses where it has experts.
 
-    Logits exist one chunk of tokens at a time. Metric: `accuracy`, the share of tokens that greedy decoding would get.
+    Logits exist one chunk of tokens at a time. Metrics: `accuracy`, the share of tokens that greedy decoding would get,
+    and those of `router_metrics` where there are experts.
 
     Args:
         model: A `jaxlab.models.decoder.Decoder`.
@@ -218,11 +250,10 @@ def perplexity(model: Decoder, params: PyTree, batches: Iterable[TokenBatch]) ->
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     total = weight = 0.0
-    for batch in batches:
-        if isinstance(mesh, Mesh):
-            batch = place_batch(batch, mesh)
-        out = _evaluate(model, params, batch)
-        total, weight = total + float(out.total), weight + float(out.weight)
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext():
+        for batch in batches:
+            out = _evaluate(model, params, place_batch(batch, mesh) if isinstance(mesh, Mesh) else batch)
+            total, weight = total + float(out.total), weight + float(out.weight)
     if weight == 0:
         raise ValueError("batches: expected at least one token to predict, got none")
     return float(np.exp(total / weight))

@@ -19,8 +19,8 @@ from jaxlab.models import cost
 from jaxlab.models.decoder import Decoder, DecoderConfig
 from jaxlab.training.adamw import OptimizerConfig, optimizer
 from jaxlab.training.loop import fit
-from jaxlab.training.loss import lm_loss, perplexity
-from jaxlab.training.sharding import batch_sharding, state_shardings
+from jaxlab.training.loss import LMLoss, lm_loss, perplexity
+from jaxlab.training.sharding import batch_sharding, gradient_shardings, state_shardings
 from jaxlab.training.step import TrainState, make_train_step, update_function
 from jaxlab.training.text import TextBatches, TokenBatch, text_batches
 
@@ -40,6 +40,9 @@ class TrainConfig:
         optimizer: AdamW and its schedule, which spans `steps` unless it says otherwise.
         mesh: Axis sizes as in `make_mesh`; empty: one device, or all of them along `data` when there are several
             processes.
+        aux_loss_coef: Weight of the load-balancing loss of sparse layers (X-MoE's scripts).
+        z_loss_coef: Weight of their z-loss.
+        shard_optimizer: ZeRO-1 on a mesh: each data-parallel rank keeps its part of the optimiser's moments only.
         accumulate: Pieces a batch is worked through in.
         checkpoint_every: Steps between checkpoints; 0: at the end only.
         eval_every: Steps between validation perplexities; 0: at the end only.
@@ -54,6 +57,9 @@ class TrainConfig:
     seed: int = 0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    aux_loss_coef: int | float = 0.01
+    z_loss_coef: int | float = 0.0
+    shard_optimizer: bool = False
     accumulate: int = 1
     checkpoint_every: int = 100
     eval_every: int = 0
@@ -62,7 +68,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "length", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a value >= 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "eval_every"):
+        for name in ("checkpoint_every", "eval_every", "aux_loss_coef", "z_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a value >= 0, got {getattr(self, name)}")
         if self.length > self.model.max_position_embeddings:
@@ -88,17 +94,25 @@ def _mesh(config: TrainConfig) -> jax.sharding.Mesh | None:
     return None
 
 
-def _initial_state(config: TrainConfig, model: Decoder, tx: Any, mesh: jax.sharding.Mesh | None) -> TrainState:
+def _network(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> tuple[Decoder, LMLoss]:
+    """The decoder as it runs on the mesh, and its loss."""
+    model = Decoder(config.model)
+    return model, lm_loss(model, aux_loss_coef=config.aux_loss_coef, z_loss_coef=config.z_loss_coef)
+
+
+def _initial_state(config: TrainConfig, loss: LMLoss, tx: Any, mesh: jax.sharding.Mesh | None) -> TrainState:
     """The state before the first step, made where it will lie: no device ever holds all of a sharded one."""
 
     def create(key):
-        params = nn.meta.unbox(model.init(core.named_key(key, "params"), jnp.zeros((1, 2), jnp.int32))["params"])
+        params = nn.meta.unbox(loss.model.init(core.named_key(key, "params"), jnp.zeros((1, 2), jnp.int32))["params"])
         return TrainState.create(params, tx, core.named_key(key, "train"))
 
     key = jax.random.key(config.seed)
     if mesh is None:
         return jax.jit(create)(key)
-    where = state_shardings(jax.eval_shape(create, key), tx, mesh, lm_loss(model).abstract_params())
+    where = state_shardings(
+        jax.eval_shape(create, key), tx, mesh, loss.abstract_params(), shard_optimizer=config.shard_optimizer
+    )
     return jax.jit(create, out_shardings=where)(key)
 
 
@@ -120,23 +134,29 @@ def _batches(config: TrainConfig, tokenizer: Any, split: str, mesh: jax.sharding
     return batches
 
 
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What of a config decides the numbers."""
+    plain = core.to_dict(config)
+    mine = {name: plain[name] for name in (field.name for field in dataclasses.fields(TrainConfig))}
+    mine["optimizer"].pop("steps")  # follows `steps`
+    return mine
+
+
 def _check_folder(config: TrainConfig, folder: Path) -> None:
     """A folder belongs to one run: going on with other settings would silently give a mixture.
 
-    `steps` may grow, and how often something is saved, or measured, may change.
+    `steps` may grow; how often something is saved or measured, and where and how the layers run, may change.
     """
     path = folder / "train.json"
-    free = ("steps", "checkpoint_every", "eval_every", "mesh")
-    mine = core.to_dict(config)
-    mine = {name: mine[name] for name in (field.name for field in dataclasses.fields(TrainConfig))}
-    mine["optimizer"].pop("steps")  # follows `steps`
+    free = ("steps", "checkpoint_every", "eval_every", "mesh", "shard_optimizer")
+    mine = _identity(config)
     if path.exists():
+        usual = _identity(TrainConfig(config.model, length=1))
         saved = json.loads(path.read_text())
         for name, value in mine.items():
-            if name not in free and saved.get(name) != json.loads(json.dumps(value)):
-                raise ValueError(
-                    f"{name}: {folder} was trained with {saved.get(name)!r}, got {value!r}; use another folder"
-                )
+            theirs = saved.get(name, usual.get(name))  # a run of before there was such a setting had the default
+            if name not in free and theirs != json.loads(json.dumps(value)):
+                raise ValueError(f"{name}: {folder} was trained with {theirs!r}, got {value!r}; use another folder")
     elif core.distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -187,8 +207,8 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
     from jaxlab.models import save_pretrained
 
     folder = Path(folder)
-    tokenizer, mesh, model = _tokenizer(config.tokenizer), _mesh(config), Decoder(config.model)
-    tx = optimizer(config.optimizer)
+    tokenizer, mesh, tx = _tokenizer(config.tokenizer), _mesh(config), optimizer(config.optimizer)
+    model, loss = _network(config, mesh)
     batches = _batches(config, tokenizer, "train", mesh)
     held_out = _batches(config, tokenizer, "validation", mesh)
     _check_folder(config, folder)
@@ -198,11 +218,11 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
         held_out.restore(start)
         return {"validation_perplexity": perplexity(model, state.params, held_out)}
 
-    loss = lm_loss(model)
+    step = make_train_step(loss, tx, accumulate=config.accumulate, mesh=mesh, shard_optimizer=config.shard_optimizer)
     with _Logger(folder, config, 1 if mesh is None else mesh.size) as logger:
         state = fit(
-            _initial_state(config, model, tx, mesh),
-            make_train_step(loss, tx, accumulate=config.accumulate, mesh=mesh),
+            _initial_state(config, loss, tx, mesh),
+            step,
             batches,
             steps=config.steps,
             checkpointer=core.Checkpointer(folder / "checkpoints"),
@@ -275,18 +295,20 @@ def plan(config: TrainConfig, target: planning.Target) -> planning.Plan:
     Returns:
         Bytes of one device by kind (parameters, optimizer, input), collectives and kernels.
     """
-    mesh, model, tx = target.mesh, Decoder(config.model), optimizer(config.optimizer)
-    loss = lm_loss(model)
+    mesh, tx = target.mesh, optimizer(config.optimizer)
+    _, loss = _network(config, mesh)
     names = loss.abstract_params()
     state = jax.eval_shape(
         lambda params, key: TrainState.create(params, tx, key), nn.meta.unbox(names), jax.eval_shape(jax.random.key, 0)
     )
-    where = state_shardings(state, tx, mesh, names)
+    where = state_shardings(state, tx, mesh, names, shard_optimizer=config.shard_optimizer)
+    gradients_lie = gradient_shardings(state.params, mesh, names) if config.shard_optimizer else None
     state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, where)
     shape = (config.batch_size, config.length)
     place = batch_sharding(mesh, shape)
     ids, weights = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in (jnp.int32, jnp.float32))
     batch = TokenBatch(ids, ids, ids, ids, weights)
     labels = TrainState(step="optimizer", params="parameters", opt_state="optimizer", rng="optimizer")
-    step = jax.jit(update_function(loss, tx, config.accumulate), donate_argnums=0, out_shardings=(where, None))
+    update = update_function(loss, tx, config.accumulate, gradients_lie)
+    step = jax.jit(update, donate_argnums=0, out_shardings=(where, None))
     return planning.compile(step, state, batch, target=target, labels=(labels, "input"))

@@ -1,5 +1,7 @@
 """Where a training state and its batches lie on a mesh."""
 
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -66,12 +68,55 @@ def params_shardings(params: PyTree, mesh: Mesh, names: PyTree | None = None) ->
     return core.shardings(names, mesh)
 
 
-def state_shardings(state: Any, tx: optax.GradientTransformation, mesh: Mesh, names: PyTree | None = None) -> Any:
-    """Shardings of a `TrainState`: optimiser moments lie as their parameters, counters and keys are replicated."""
+def moment_sharding(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """ZeRO-1 (arXiv 1910.02054): a parameter's sharding, further split over the data axes it does not use.
+
+    The axes go to the largest dimension that they divide; where none is divided by all of them, by as many as will.
+    """
+    mesh, spec = sharding.mesh, (*sharding.spec, *(None,) * len(shape))[: len(shape)]
+    taken = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
+    local = [size // math.prod(mesh.shape[axis] for axis in axes) for size, axes in zip(shape, taken)]
+    unused = [axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1 and axis not in itertools.chain(*taken)]
+    subsets = [axes for count in range(len(unused), 0, -1) for axes in itertools.combinations(unused, count)]
+    for axes in sorted(subsets, key=lambda axes: -math.prod(mesh.shape[axis] for axis in axes)):
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        divided = [dimension for dimension, size in enumerate(local) if size and size % shards == 0]
+        if divided:
+            largest = max(divided, key=lambda dimension: local[dimension])
+            taken[largest] = (*taken[largest], *axes)
+            entries = [axes[0] if len(axes) == 1 else axes or None for axes in taken[: largest + 1]]
+            entries += sharding.spec[largest + 1 :]
+            return NamedSharding(mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
+    return sharding
+
+
+def gradient_shardings(params: PyTree, mesh: Mesh, names: PyTree | None = None) -> PyTree:
+    """Where the gradients of a step with a sharded optimiser lie: with the moments, each device the part it updates."""
+    return jax.tree.map(
+        lambda leaf, place: moment_sharding(leaf.shape, place), params, params_shardings(params, mesh, names)
+    )
+
+
+def state_shardings(
+    state: Any,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    names: PyTree | None = None,
+    *,
+    shard_optimizer: bool = False,
+) -> Any:
+    """Shardings of a `TrainState`: optimiser moments lie as their parameters, counters and keys are replicated.
+
+    With `shard_optimizer` the moments, and only they, are split over the data axes too (`moment_sharding`).
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
     params = params_shardings(state.params, mesh, names)
     opt_state = optax.tree.map_params(
-        tx.init, lambda _, sharding: sharding, state.opt_state, params, transform_non_params=lambda _: replicated
+        tx.init,
+        lambda leaf, sharding: moment_sharding(leaf.shape, sharding) if shard_optimizer else sharding,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: replicated,
     )
     return state.replace(step=replicated, rng=replicated, params=params, opt_state=opt_state)
 

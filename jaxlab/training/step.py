@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from jaxlab.training.loss import Loss, LossOutput
-from jaxlab.training.sharding import place_batch, place_state, state_shardings
+from jaxlab.training.sharding import gradient_shardings, place_batch, place_state, state_shardings
 
 
 @struct.dataclass
@@ -40,8 +40,18 @@ def _pieces(batch: PyTree, accumulate: int) -> PyTree:
     return jax.tree.map(split, batch)
 
 
-def update_function(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1) -> Callable:
-    """The pure function (state, batch) -> (state, metrics) behind `make_train_step`, for ahead-of-time compilation."""
+def update_function(
+    loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1, gradients_lie: PyTree | None = None
+) -> Callable:
+    """The pure function (state, batch) -> (state, metrics) behind `make_train_step`, for ahead-of-time compilation.
+
+    Args:
+        loss: As for `make_train_step`, like the next two.
+        tx: Optax transformation.
+        accumulate: Pieces of a batch.
+        gradients_lie: Shardings that the gradients, and all that is computed from them until the parameters change,
+            are held to (`gradient_shardings`); None leaves them to the compiler.
+    """
     if accumulate < 1:
         raise ValueError(f"accumulate: expected a value >= 1, got {accumulate}")
 
@@ -51,7 +61,7 @@ def update_function(loss: Loss, tx: optax.GradientTransformation, accumulate: in
 
     def gradients(params, batch, rng) -> tuple[PyTree, LossOutput]:
         (_, out), grads = jax.value_and_grad(summed, has_aux=True)(params, batch, rng)
-        return grads, out
+        return grads if gradients_lie is None else jax.lax.with_sharding_constraint(grads, gradients_lie), out
 
     def accumulated(params, batch, rng) -> tuple[PyTree, LossOutput]:
         def body(sums, piece):
@@ -81,7 +91,12 @@ def update_function(loss: Loss, tx: optax.GradientTransformation, accumulate: in
 
 
 def make_train_step(
-    loss: Loss, tx: optax.GradientTransformation, *, accumulate: int = 1, mesh: Mesh | None = None
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
+    shard_optimizer: bool = False,
 ) -> Callable[[Any, PyTree], tuple[Any, dict[str, Array]]]:
     """A compiled `step(state, batch) -> (state, metrics)`; the state passed in is donated.
 
@@ -89,24 +104,26 @@ def make_train_step(
         loss: Sums over a batch: (params, batch, rng) -> `LossOutput`. The key is the state's, folded with its step.
         tx: Optax transformation that made the state.
         accumulate: Splits the batch into this many pieces, one after the other; results equal those of one piece.
-        mesh: Batches are sharded over its `data` and `fsdp` axes, parameters and moments by their logical axis names
-            (known to `lm_loss`; otherwise they stay where they are on the mesh, or are replicated). Batches may be
-            host arrays, the same on every process, or arrays already placed.
+        mesh: Batches are sharded over its `data`, `fsdp`, `node` and `expert` axes, parameters and moments by their
+            logical axis names (known to `lm_loss`; otherwise they stay where they are on the mesh, or are replicated).
+            Batches may be host arrays, the same on every process, or arrays already placed.
+        shard_optimizer: On a mesh, ZeRO-1: each data-parallel rank keeps, and updates, its part of the moments only.
 
     Returns:
         The step. Metrics are f32 scalars: `loss` (mean over the weights), `grad_norm` (before clipping), `weight`, and
         the loss's own, divided by the weight.
     """
-    update = update_function(loss, tx, accumulate)
     if mesh is None:
-        return jax.jit(update, donate_argnums=0)
+        return jax.jit(update_function(loss, tx, accumulate), donate_argnums=0)
     names = loss.abstract_params() if hasattr(loss, "abstract_params") else None
     compiled = {}
 
     def step(state, batch):
         key = jax.tree.structure(state)
         if key not in compiled:
-            shardings = state_shardings(state, tx, mesh, names)
+            shardings = state_shardings(state, tx, mesh, names, shard_optimizer=shard_optimizer)
+            gradients_lie = gradient_shardings(state.params, mesh, names) if shard_optimizer else None
+            update = update_function(loss, tx, accumulate, gradients_lie)
             compiled[key] = shardings, jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
         shardings, function = compiled[key]
         with jax.set_mesh(mesh):  # the network lays its activations out over the mesh in force

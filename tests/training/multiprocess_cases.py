@@ -31,7 +31,7 @@ def _corpus(folder):
 
 
 def case_steps_equal_one_device_and_resume(folder):
-    """Sharded steps, with accumulation, give one device's losses and parameters; a resumed run gives the same ones."""
+    """Sharded steps, accumulated and with ZeRO-1, give one device's losses and parameters; so does a resumed run."""
     mesh, model = core.make_mesh(_MESH), Decoder(toys.MODEL)
     tx = optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3))
     corpus = _corpus(folder)
@@ -47,7 +47,7 @@ def case_steps_equal_one_device_and_resume(folder):
         alone, metrics = single(alone, batch)
         wanted.append(float(metrics["loss"]))
 
-    step = make_train_step(lm_loss(model), tx, accumulate=2, mesh=mesh)
+    step = make_train_step(lm_loss(model), tx, accumulate=2, mesh=mesh, shard_optimizer=True)
     sharded, got = state(), []
     for batch in _take(batches(mesh), 2):
         assert len({shard.index[0].start for shard in batch.tokens.addressable_shards}) == 4 // jax.process_count()
@@ -61,7 +61,7 @@ def case_steps_equal_one_device_and_resume(folder):
     query = sharded.params["blocks_0"]["attn"]["q"]["kernel"]
     assert query.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     moments = [leaf for leaf in jax.tree.leaves(sharded.opt_state) if leaf.shape == query.shape]
-    assert [leaf.sharding.spec for leaf in moments] == [query.sharding.spec] * 2
+    assert [leaf.sharding.spec for leaf in moments] == [PartitionSpec(None, ("fsdp", "data"), "tensor")] * 2
     _assert_close(sharded.params, alone.params)
     np.testing.assert_allclose(
         perplexity(model, sharded.params, _take(batches(None), 2)),
@@ -69,7 +69,8 @@ def case_steps_equal_one_device_and_resume(folder):
         rtol=1e-4,
     )
 
-    start = place_state(state(), state_shardings(state(), tx, mesh, lm_loss(model).abstract_params()))
+    where = state_shardings(state(), tx, mesh, lm_loss(model).abstract_params(), shard_optimizer=True)
+    start = place_state(state(), where)
     checkpointer = core.Checkpointer(folder / "checkpoints")
     fit(jax.tree.map(jnp.copy, start), step, batches(mesh), steps=2, checkpointer=checkpointer)
     assert checkpointer.latest() == 2

@@ -16,7 +16,7 @@ from jaxlab.training import (
     optimizer,
     perplexity,
 )
-from jaxlab.training.loss import router_loss
+from jaxlab.training.loss import router_loss, router_metrics
 from tests.oracles import language_model
 from tests.training import toys
 
@@ -92,6 +92,25 @@ def test_router_loss_sums_what_layers_report():
     aux = {"blocks_0": {"aux_loss": jnp.array([1.0, 2.0]), "z_loss": jnp.array([10.0, 20.0]), "rows": jnp.arange(4)}}
     np.testing.assert_allclose(router_loss(aux, 0.01, 0.001), 0.06, rtol=1e-6)
     assert float(router_loss({}, 0.01, 0.001)) == 0
+
+
+def test_router_metrics_over_all_sparse_layers():
+    aux = {
+        "blocks_0": {"aux_loss": jnp.array([1.0, 2.0]), "tokens_per_expert": jnp.array([[4, 0], [3, 1]])},
+        "blocks_2": {
+            "aux_loss": jnp.array([6.0]),
+            "tokens_per_expert": jnp.array([[2, 2]]),
+            "dropped_recv": 3 * jnp.ones(1),
+        },
+    }
+    got = {name: float(value) for name, value in router_metrics(aux).items()}
+    assert got == {
+        "aux_loss": 3.0,
+        "expert_load_max": (2 + 1.5 + 1) / 3,
+        "expert_load_min": 0.0,
+        "dropped_recv": 3.0,
+    }
+    assert router_metrics({}) == {}
 
 
 @pytest.mark.latest
