@@ -1,5 +1,7 @@
 """Root mean square normalisation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -26,6 +28,12 @@ class RMSNorm(nn.Module):
         """Normalises `x`; the result has the dtype of `x`."""
         init = named(nn.initializers.ones_init(), (self.axis_name,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.param_dtype))
-        wide = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+        return _normalised(x, scale, self.epsilon)
+
+
+# Checkpointed: of the three float32 arrays on the way the backward pass would keep every one, a layer each.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _normalised(x: Float[Array, "*batch d"], scale: Float[Array, " d"], epsilon: float) -> Float[Array, "*batch d"]:
+    wide = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
