@@ -11,7 +11,7 @@ from jaxlab import recipes, tour
 SECTION = """
 import dataclasses
 from jaxlab.core import Report
-from jaxlab.foundation.figures import figure
+from jaxlab.core.figures import figure
 
 RUNS = []
 

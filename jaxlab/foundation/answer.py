@@ -79,7 +79,7 @@ def _surety(out: Any, tokenizer: Any, limit: int = 44) -> Any:
     """Probability of each of the first `limit` generated tokens; each stands below its bar, the unsure stand out."""
     import numpy as np
 
-    from jaxlab.foundation.figures import BLUE, ORANGE, figure
+    from jaxlab.core.figures import BLUE, ORANGE, figure
 
     count = min(int(out.lengths[0]), limit)
     tokens, chance = np.asarray(out.tokens[0])[:count], np.exp(np.asarray(out.logps[0])[:count])

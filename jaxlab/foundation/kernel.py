@@ -147,7 +147,7 @@ def _on_gpu(config: KernelConfig) -> tuple[tuple[Any, ...], dict[str, float], tu
 
 
 def _bars(values: dict[str, float], unit: str) -> Any:
-    from jaxlab.foundation.figures import BLUE, GREY, figure
+    from jaxlab.core.figures import BLUE, GREY, figure
 
     drawn, axes = figure(6.4, 2.6)
     names = list(values)[::-1]

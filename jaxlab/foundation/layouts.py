@@ -88,7 +88,7 @@ def _layout(mesh: dict[str, int]) -> str:
 
 
 def _stacks(plans: "dict[str, Plan]", kinds: list[str]) -> Any:
-    from jaxlab.foundation.figures import COLOURS, RED, figure
+    from jaxlab.core.figures import COLOURS, RED, figure
 
     drawn, axes = figure(9.0, 3.6)
     names = list(plans)[::-1]

@@ -268,19 +268,19 @@ def _report(config: TrainConfig, folder: Path, state: TrainState) -> core.Report
 
 
 def _curve(steps: list[dict[str, float]], evaluations: list[dict[str, float]]) -> Any:
-    from matplotlib.figure import Figure
+    from jaxlab.core.figures import BLUE, ORANGE, figure
 
-    figure = Figure(figsize=(7.0, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], linewidth=1.2, label="training")
+    drawn, axes = figure()
+    axes.plot(
+        [row["step"] for row in steps], [row["loss"] for row in steps], color=BLUE, linewidth=1.2, label="training"
+    )
     if evaluations:
         losses = [math.log(row["validation_perplexity"]) for row in evaluations]
-        axes.plot([row["step"] for row in evaluations], losses, "o", label="validation")
+        axes.plot([row["step"] for row in evaluations], losses, "o", color=ORANGE, label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a token")
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return figure
+    return drawn
 
 
 def plan(config: TrainConfig, target: planning.Target) -> planning.Plan:

@@ -1,4 +1,4 @@
-"""The look of the recipes' figures. Figures are objects: no global state, no display needed."""
+"""The look of all figures. They are objects: no global state, no display needed."""
 
 from typing import Any
 
