@@ -12,10 +12,12 @@ Example:
 Names are loaded when they are first used, so that importing this package costs nothing.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxlab.core import lazy
 
 if TYPE_CHECKING:
+    from jaxlab.xmoe import baselines
     from jaxlab.xmoe.config import MoEConfig, Topology, expert_capacity
     from jaxlab.xmoe.exchange import uneven_all_to_all
     from jaxlab.xmoe.memory import activation_memory
@@ -26,32 +28,6 @@ if TYPE_CHECKING:
     from jaxlab.xmoe.ssmb import sequence_shard, sequence_unshard
     from jaxlab.xmoe.volume import dispatch_volume, redundancy_rate, uniform_redundancy_rate
 
-_HOME = {
-    "MoE": "moe",
-    "MoEConfig": "config",
-    "MoEMetrics": "moe",
-    "PFT": "pft",
-    "RBDPlan": "rbd",
-    "Routing": "router",
-    "Topology": "config",
-    "activation_memory": "memory",
-    "build_pft": "pft",
-    "dispatch_volume": "volume",
-    "expert_capacity": "config",
-    "pft_gather": "pft",
-    "pft_scatter": "pft",
-    "rbd_combine": "rbd",
-    "rbd_dispatch": "rbd",
-    "rbd_plan": "rbd",
-    "redundancy_rate": "volume",
-    "router_loss": "router",
-    "sequence_shard": "ssmb",
-    "sequence_unshard": "ssmb",
-    "top_k_gating": "router",
-    "uneven_all_to_all": "exchange",
-    "uniform_redundancy_rate": "volume",
-}
-
 __all__ = [
     "PFT",
     "MoE",
@@ -61,6 +37,7 @@ __all__ = [
     "Routing",
     "Topology",
     "activation_memory",
+    "baselines",
     "build_pft",
     "dispatch_volume",
     "expert_capacity",
@@ -78,13 +55,18 @@ __all__ = [
     "uniform_redundancy_rate",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "config": ("MoEConfig", "Topology", "expert_capacity"),
+        "exchange": ("uneven_all_to_all",),
+        "memory": ("activation_memory",),
+        "moe": ("MoE", "MoEMetrics"),
+        "pft": ("PFT", "build_pft", "pft_gather", "pft_scatter"),
+        "rbd": ("RBDPlan", "rbd_combine", "rbd_dispatch", "rbd_plan"),
+        "router": ("Routing", "router_loss", "top_k_gating"),
+        "ssmb": ("sequence_shard", "sequence_unshard"),
+        "volume": ("dispatch_volume", "redundancy_rate", "uniform_redundancy_rate"),
+    },
+    modules=("baselines",),
+)

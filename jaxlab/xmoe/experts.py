@@ -1,5 +1,6 @@
 """The experts' matrices, and what every way of dispatching returns."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.xmoe.config import MoEConfig
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -39,12 +41,17 @@ class Routed(NamedTuple):
 
 
 def act(x: Float[Array, "..."], activation: str) -> Float[Array, "..."]:
-    """The experts' nonlinearity: SiLU, or the exact GELU."""
+    """The nonlinearity of an expert: SiLU, or the exact GELU."""
     return jax.nn.gelu(x, approximate=False) if activation == "gelu" else jax.nn.silu(x)
 
 
 def expert_ffn(
-    rows: Float[Array, "m h"], experts: Experts, group_sizes: Int[Array, " e"], config: MoEConfig
+    rows: Float[Array, "m h"],
+    experts: Experts,
+    group_sizes: Int[Array, " e"],
+    config: MoEConfig,
+    *,
+    implementation: Implementation = None,
 ) -> Float[Array, "m h"]:
     """Each row through its expert; rows lie expert after expert, and those past the last give zeros.
 
@@ -53,21 +60,15 @@ def expert_ffn(
         experts: the matrices.
         group_sizes: rows of each expert.
         config: the layer.
+        implementation: of the grouped products; None is the configuration's.
     """
+    multiply = functools.partial(
+        grouped_matmul, group_sizes=group_sizes, implementation=implementation or config.kernel_implementation
+    )
     gate, up, down = (None if matrix is None else matrix.astype(rows.dtype) for matrix in experts)
-    product = _products(config)
     if gate is None:
-        inner = act(product(rows, up, group_sizes), config.activation)
-    else:
-        inner = jax.nn.silu(product(rows, gate, group_sizes)) * product(rows, up, group_sizes)
-    return product(inner, down, group_sizes)
-
-
-def _products(config: MoEConfig):
-    def product(rows, matrices, group_sizes):
-        return grouped_matmul(rows, matrices, group_sizes, implementation=config.kernel_implementation)
-
-    return product
+        return multiply(act(multiply(rows, up), config.activation), down)
+    return multiply(multiply(rows, gate, rhs_up=up, act="silu"), down)
 
 
 def no_exchange(y: Float[Array, "s h"]) -> Routed:

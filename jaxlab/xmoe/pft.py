@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from jaxlab.xmoe._rows import token_combine, token_gather
 from jaxlab.xmoe.config import MoEConfig
 from jaxlab.xmoe.router import Routing
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.token_combine import token_combine
+from pallas_kernels.token_gather import token_gather
 
 
 @struct.dataclass
@@ -67,7 +69,9 @@ def build_pft(routing: Routing, cfg: MoEConfig) -> PFT:
     slots = jnp.where(index < num_valid, slots, total)
     # Dropped slots keep the fill: their writes lie out of bounds.
     inv = jnp.full(total, rows, jnp.int32).at[slots].set(index, mode="drop", unique_indices=True)
-    weights = token_gather(routing.weights.reshape(-1, 1), slots, inv.reshape(-1, 1), num_valid)[:, 0]
+    # Rows of one number are no work for a kernel; the op is here for its gradient, which is a gather.
+    column, where = routing.weights.reshape(-1, 1), inv.reshape(-1, 1)
+    weights = token_gather(column, slots, where, num_valid, implementation="xla")[:, 0]
     return PFT(
         slots=slots,
         token_ids=slots // k,
@@ -80,14 +84,28 @@ def build_pft(routing: Routing, cfg: MoEConfig) -> PFT:
     )
 
 
-def pft_gather(x: Float[Array, "s h"], pft: PFT) -> Float[Array, "b h"]:
-    """Row i is the token of slot i of the buffer; what lies past `num_valid` is undefined and takes no gradient."""
-    return token_gather(x, pft.token_ids, pft.inv, pft.num_valid)
+def pft_gather(x: Float[Array, "s h"], pft: PFT, *, implementation: Implementation = None) -> Float[Array, "b h"]:
+    """Row i is the token of slot i of the buffer; what lies past `num_valid` is undefined and takes no gradient.
+
+    Args:
+        x: tokens.
+        pft: the buffer.
+        implementation: of `pallas_kernels.token_gather`.
+    """
+    return token_gather(x, pft.token_ids, pft.inv, pft.num_valid, implementation=implementation)
 
 
-def pft_scatter(y: Float[Array, "b h"], pft: PFT, weights: Float[Array, "s k"]) -> Float[Array, "s h"]:
+def pft_scatter(
+    y: Float[Array, "b h"], pft: PFT, weights: Float[Array, "s k"], *, implementation: Implementation = None
+) -> Float[Array, "s h"]:
     """Each token's sum of its slots' rows times their weights, in float32; dropped slots add nothing.
 
-    The gradients, too, are gathers: a row's is its weight times its token's, a weight's the product of the two rows.
+    The gradients are gathers, too: a row's is its weight times its token's, a weight's the dot product of the two.
+
+    Args:
+        y: rows of the buffer; those past `num_valid` are not read.
+        pft: the buffer.
+        weights: of each slot.
+        implementation: of `pallas_kernels.token_combine`.
     """
-    return token_combine(y, weights, pft.inv, pft.slots, pft.num_valid)
+    return token_combine(y, weights, pft.inv, pft.slots, pft.num_valid, implementation=implementation)
