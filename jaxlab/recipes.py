@@ -29,6 +29,9 @@ SYSTEMS: dict[str, System] = {
     "foundation": System(
         "jaxlab.foundation", "A small language model trained on real text.", "configs/foundation/laptop.yaml"
     ),
+    "xmoe": System(
+        "jaxlab.xmoe", "Mixtures of experts without padding or redundant network traffic.", "configs/xmoe/laptop.yaml"
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 
