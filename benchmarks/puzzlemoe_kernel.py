@@ -1,0 +1,87 @@
+"""PuzzleMoE's packed product on this CPU: against the loop over bfloat16 experts it replaces, and `lax.ragged_dot`."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks.harness import Case, interleaved
+from pallas_kernels.packed_moe_matmul import packed_moe_matmul, unpack
+
+SYSTEM = "puzzlemoe"
+
+# One matrix of a layer of eight experts, and rows in all. The bars are those of the specification, section 7.
+WIDTH, FFN, EXPERTS = 1024, 3584, 8
+LOOP_BARS = {2: 1 / 1.8, 16: 1 / 1.3, 256: 1 / 1.3}
+RAGGED_BARS = {2: 8.0, 256: 4.0}
+TEMPORARY_MATRICES = 1.5
+MIB = 2**20
+
+
+def expert_loop(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """The peer: one expert after the other, those without rows skipped, matrices cast to float32 as CPUs want them."""
+    m, (experts, _, n) = x.shape[0], weights.shape
+    rows = min(m, max(2, 2 * m // experts))
+    ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
+
+    def expert(e, out):
+        def multiply(out):
+            matrix = lax.dynamic_index_in_dim(weights, e, keepdims=False).astype(jnp.float32)
+
+            def step(state):
+                first, out = state
+                at = jnp.minimum(first, m - rows)
+                row = at + jnp.arange(rows)[:, None]
+                made = lax.dynamic_slice_in_dim(x, at, rows).astype(jnp.float32) @ matrix
+                before = lax.dynamic_slice_in_dim(out, at, rows)
+                made = jnp.where((row >= first) & (row < ends[e]), made, before)
+                return first + rows, lax.dynamic_update_slice_in_dim(out, made, at, 0)
+
+            return lax.while_loop(lambda state: state[0] < ends[e], step, (starts[e], out))[1]
+
+        return lax.cond(group_sizes[e] > 0, multiply, lambda out: out, out)
+
+    return lax.fori_loop(0, experts, expert, jnp.zeros((m, n), jnp.float32)).astype(x.dtype)
+
+
+def inputs(rows: int, dtype: Any) -> tuple[jax.Array, ...]:
+    """Rows, words, group sizes, slots and positions: spread evenly, or one row each for two experts of two slots."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, WIDTH)), dtype)
+    # Random signs and masks over magnitudes in the range of trained weights.
+    words = rng.integers(0, 2**16, (EXPERTS // 2, WIDTH, FFN), np.uint16) & 0xF7FF
+    sizes = np.full(EXPERTS, rows // EXPERTS) if rows >= EXPERTS else np.isin(np.arange(EXPERTS), (1, 6))
+    slot_of, pos_of = np.divmod(np.arange(EXPERTS), 2)
+    return x, jnp.asarray(words), *(jnp.asarray(a, jnp.int32) for a in (sizes, slot_of, pos_of))
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Time against both peers, and temporaries against the size of one decoded matrix."""
+    repeats = 5 if quick else 15
+    _, words, _, slot_of, pos_of = inputs(2, jnp.float32)
+    decoded = unpack(words[slot_of], pos_of[:, None, None])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        name = jnp.dtype(dtype).name
+        for rows, bar in LOOP_BARS.items():
+            x, _, sizes, _, _ = inputs(rows, dtype)
+            ours = jax.jit(packed_moe_matmul).lower(x, words, sizes, slot_of, pos_of).compile()
+            run = functools.partial(ours, x, words, sizes, slot_of, pos_of)
+            loop = functools.partial(jax.jit(expert_loop), x, decoded, sizes)
+            what = f"packed_moe_matmul, {rows} rows {name}, CPU"
+            yield _timed(what, run, loop, "loop over bfloat16 experts", bar, repeats)
+            if rows in RAGGED_BARS:
+                # Weights in the rows' dtype, as `lax.ragged_dot` multiplies them.
+                ragged = functools.partial(jax.jit(lax.ragged_dot), x, decoded.astype(dtype), sizes)
+                yield _timed(what, run, ragged, "lax.ragged_dot", RAGGED_BARS[rows], 3 if quick else 5)
+            mib = (ours.memory_analysis().temp_size_in_bytes / MIB, WIDTH * FFN * 2 / MIB)
+            yield Case(SYSTEM, what, "temporary MiB", *mib, "one decoded bfloat16 matrix", 1 / TEMPORARY_MATRICES)
+
+
+def _timed(what: str, ours: Any, peer: Any, peer_name: str, bar: float, repeats: int) -> Case:
+    mine, theirs = interleaved(ours, peer, repeats=repeats, warmup=2)
+    return Case(SYSTEM, what, "ms", mine * 1e3, theirs * 1e3, peer_name, bar)

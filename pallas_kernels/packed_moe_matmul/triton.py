@@ -1,0 +1,265 @@
+"""Products with packed experts as Pallas kernels on the Triton backend (NVIDIA, AMD): words are decoded in registers.
+
+Three kernels. `_tile_kernel` serves prefill, plain and gated, and (transposed) the gradient of the rows; like the
+grouped product's, its work units are (expert, tile of the expert's rows), found by every program from the group sizes.
+`_row_kernel` serves the few rows of a decode step: one program takes one row, multiplies and sums without the tensor
+cores, and, where the other member of the row's slot has a row too, takes that along, so that the words are read once
+for both. All accumulate in float32. Slots that are not packed have a loop of their own, of no steps for the others.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from pallas_kernels.dispatch import output_like, vary_alike
+from pallas_kernels.grouped_matmul.gating import activate
+from pallas_kernels.grouped_matmul.triton import Tiles
+from pallas_kernels.packed_moe_matmul.bits import Slots, decode, resolve
+
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def rows_times_experts(
+    rows: Float[Array, "m k"],
+    weights: Sequence[Slots],
+    group_sizes: Int[Array, " e"],
+    slot_of: Int[Array, " e"],
+    pos_of: Int[Array, " e"],
+    *,
+    act: str | None,
+    transpose: bool,
+    dtype: DTypeLike,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "m n"]:
+    """Row i of expert e gives `rows[i] @ matrix(e)` (or its transpose), or the gated product of two `weights`."""
+    if rows.dtype not in _DTYPES:
+        raise NotImplementedError(f"the Triton kernels take bfloat16, float16 and float32 rows, got {rows.dtype}")
+    if interpret and jax.typeof(rows).manual_axis_type.varying:
+        raise NotImplementedError("JAX interprets kernels under shard_map only with check_vma=False")
+    (m, depth), experts = rows.shape, group_sizes.shape[0]
+    n = weights[0].words.shape[1 if transpose else 2]
+    settings = {"act": act, "packed": weights[0].words.shape[0], "gated": len(weights) == 2}
+    if tiles is None and not transpose and m <= max(_FEW_ROWS, experts):
+        tiles = _fit(_ROW_TILES[len(weights)], rows=16, columns=n, depth=depth)
+        units = m
+        kernel = functools.partial(_row_kernel, tiles=tiles, **settings)
+        name = "packed_gated_gemv" if act else "packed_gemv"
+    else:
+        common = jnp.promote_types(rows.dtype, jnp.bfloat16)
+        found = _TILES[common.itemsize, len(weights)]
+        tiles = tiles or _fit(found, rows=-(-m // experts), columns=n, depth=depth)
+        # One unit for each tile of rows, one more for each expert that ends inside a tile, and the rows of none.
+        units = pl.cdiv(m, tiles.rows) + experts
+        kernel = functools.partial(_tile_kernel, transpose=transpose, tiles=tiles, common=common, **settings)
+        name = "packed_gated_gmm" if act else "packed_gmm_transposed" if transpose else "packed_gmm"
+    slot_of, pos_of, poison = vary_alike(*resolve(slot_of, pos_of, weights[0].count))
+    stacks = [stack for slots in weights for stack in slots if stack is not None]
+    return pl.pallas_call(
+        kernel,
+        out_shape=output_like((m, n), dtype, rows),
+        grid=(units * pl.cdiv(n, tiles.columns),),
+        compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name=name,
+    )(rows, *stacks, group_sizes, slot_of, pos_of, poison)
+
+
+class _Refs:
+    """The references of a kernel by what they are; and where the experts' rows lie, on registers."""
+
+    def __init__(self, refs: Sequence[Any], gated: bool):
+        self.rows, *stacks, sizes, slots, members, poison, self.out = refs
+        dense = len(stacks) == (4 if gated else 2)
+        self.words = stacks[:: 2 if dense else 1]
+        self.dense = stacks[1::2] if dense else []
+        self.experts = sizes.shape[0]
+        self.index = jnp.arange(_power_of_two(self.experts), dtype=jnp.int32)
+        self.sizes, self.slots, self.members, self.poison = map(self._per_expert, (sizes, slots, members, poison))
+
+    def _per_expert(self, ref: Any) -> Array:
+        """One value for each expert, padded with zeros to a power of two."""
+        safe = jnp.minimum(self.index, self.experts - 1)
+        return plt.load(ref.at[safe], mask=self.index < self.experts, other=0)
+
+    def start(self, expert: Array) -> Array:
+        """Where the rows of an expert start."""
+        return _sum(jnp.where(self.index < expert, self.sizes, 0))
+
+
+def _tile_kernel(
+    *refs: Any, act: str | None, packed: int, gated: bool, transpose: bool, tiles: Tiles, common: Any
+) -> None:
+    at = _Refs(refs, gated)
+    (m, k), (_, n) = at.rows.shape, at.out.shape
+    column_tiles = pl.cdiv(n, tiles.columns)
+    # Neighbouring programs share their rows, then the matrix of their expert.
+    unit, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
+
+    heights = (at.sizes + (tiles.rows - 1)) // tiles.rows
+    expert = _sum((jnp.cumsum(heights, dtype=jnp.int32) <= unit).astype(jnp.int32))
+    own = at.index == expert
+    first = at.start(expert) + (unit - _sum(jnp.where(at.index < expert, heights, 0))) * tiles.rows
+    # Units past the last expert write the zeros of the rows that belong to none: no step, and the array as the end.
+    owned = expert < at.experts
+    end = jnp.where(owned, at.start(expert) + _pick(own, at.sizes), m)
+    slot, member = _pick(own, at.slots), _pick(own, at.members)
+
+    row = first + jnp.arange(tiles.rows, dtype=jnp.int32)
+    column = column_tile * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
+    # Past the array the last row is loaded again, and its product never stored.
+    safe_row = jnp.minimum(row, m - 1)
+
+    def step(stacks, slot, read):
+        def run(i, totals):
+            depth = i * tiles.depth + jnp.arange(tiles.depth, dtype=jnp.int32)
+            left = _load(at.rows, (safe_row[:, None], depth[None, :]), (depth[None, :], k)).astype(common)
+            where = (column[None, :], depth[:, None]) if transpose else (depth[:, None], column[None, :])
+            loaded = [_load(stack, (slot, *where), (depth[:, None], k), (column[None, :], n)) for stack in stacks]
+            return tuple(
+                total + jnp.dot(left, read(right), preferred_element_type=jnp.float32)
+                for total, right in zip(totals, loaded)
+            )
+
+        return run
+
+    steps = owned.astype(jnp.int32) * pl.cdiv(k, tiles.depth)
+    zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+    is_packed = (slot < packed).astype(jnp.int32)
+    totals = (zeros,) * len(at.words)
+    packed_slot = jnp.minimum(slot, packed - 1)
+    totals = lax.fori_loop(
+        0, steps * is_packed, step(at.words, packed_slot, lambda words: decode(words, member, common)), totals
+    )
+    if at.dense:
+        dense_slot = jnp.maximum(slot - packed, 0)
+        totals = lax.fori_loop(
+            0, steps * (1 - is_packed), step(at.dense, dense_slot, lambda right: right.astype(common)), totals
+        )
+    made = _gate(totals, act) + _pick(own, at.poison)
+    inside = (row[:, None] < end) & (column[None, :] < n)
+    plt.store(at.out.at[row[:, None], column[None, :]], made.astype(at.out.dtype), mask=inside)
+
+
+def _row_kernel(*refs: Any, act: str | None, packed: int, gated: bool, tiles: Tiles) -> None:
+    at = _Refs(refs, gated)
+    (_, k), (_, n) = at.rows.shape, at.out.shape
+    column_tiles = pl.cdiv(n, tiles.columns)
+    row, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
+    column = column_tile * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
+
+    ends = jnp.cumsum(at.sizes, dtype=jnp.int32)
+    expert = _sum(((ends <= row) & (at.index < at.experts)).astype(jnp.int32))
+    own = at.index == expert
+    owned = expert < at.experts
+    slot, member = _pick(own, at.slots), _pick(own, at.members)
+    # Row i of the first member takes row i of the second along. (Slots of more than one expert a member share nothing.)
+    mates = (at.slots == slot) & (at.index < at.experts)
+    other = mates & (at.members != member)
+    rank = row - at.start(expert)
+    shared = owned & (slot < packed) & (_count(other) == 1) & (_count(mates) == 2) & (_pick(other, at.sizes) > rank)
+    other_row = at.start(_pick(other, at.index)) + rank
+    alone, both = owned & ~shared, shared & (member == 0)
+
+    def step(stacks, slot, sources, readers):
+        def run(i, totals):
+            depth = i * tiles.depth + jnp.arange(tiles.depth, dtype=jnp.int32)
+            lefts = [_load(at.rows, (source, depth), (depth, k)).astype(jnp.float32)[:, None] for source in sources]
+            loaded = [
+                _load(stack, (slot, depth[:, None], column[None, :]), (depth[:, None], k), (column[None, :], n))
+                for stack in stacks
+            ]
+            products = [left * read(right) for left, read in zip(lefts, readers) for right in loaded]
+            return tuple(map(jnp.add, totals, products))
+
+        return run
+
+    steps = pl.cdiv(k, tiles.depth)
+    zeros = (jnp.zeros((tiles.depth, tiles.columns), jnp.float32),) * len(at.words)
+    packed_slot = jnp.minimum(slot, packed - 1)
+
+    def member_of(pos):
+        return lambda words: decode(words, jnp.asarray(pos, jnp.int32), jnp.float32)
+
+    loops = [(alone & (slot < packed), step(at.words, packed_slot, [row], [member_of(member)]))]
+    if at.dense:
+        dense_slot = jnp.maximum(slot - packed, 0)
+        as_it_is = [lambda right: right.astype(jnp.float32)]
+        loops.append((alone & (slot >= packed), step(at.dense, dense_slot, [row], as_it_is)))
+    totals = zeros
+    for condition, run in loops:
+        totals = lax.fori_loop(0, steps * condition.astype(jnp.int32), run, totals)
+    one = _gate([jnp.sum(total, axis=0) for total in totals], act) + _pick(own, at.poison)
+    plt.store(at.out.at[row, column], one.astype(at.out.dtype), mask=~shared & (column < n))
+
+    pair = lax.fori_loop(
+        0,
+        steps * both.astype(jnp.int32),
+        step(at.words, packed_slot, [row, other_row], [member_of(0), member_of(1)]),
+        zeros * 2,
+    )
+    sums = [jnp.sum(total, axis=0) for total in pair]
+    half = len(zeros)
+    for made, target, poison in ((sums[:half], row, own), (sums[half:], other_row, other)):
+        made = _gate(made, act) + _pick(poison, at.poison)
+        plt.store(at.out.at[target, column], made.astype(at.out.dtype), mask=both & (column < n))
+
+
+def _gate(totals: Sequence[Array], act: str | None) -> Array:
+    return totals[0] if act is None else activate(totals[0], act) * totals[1]
+
+
+def _pick(where: Array, values: Array) -> Array:
+    """The value of the one place that `where` marks, or zero."""
+    return jnp.sum(jnp.where(where, values, 0), dtype=values.dtype)
+
+
+def _count(where: Array) -> Array:
+    return _sum(where.astype(jnp.int32))
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x, dtype=jnp.int32)  # also where 64-bit types are on
+
+
+def _load(ref: Any, where: tuple[Any, ...], *limits: tuple[Array, int]) -> Array:
+    """Loads a tile; positions whose index is not below its limit give zero. Limits that always hold cost nothing."""
+    masks = [index < limit for index, limit in limits if limit % index.size]
+    if not masks:
+        return plt.load(ref.at[where])
+    return plt.load(ref.at[where], mask=functools.reduce(jnp.logical_and, masks), other=0)
+
+
+# Up to this many rows, or one a expert, the products of rows one by one read less than tiles would.
+_FEW_ROWS = 8
+# By bytes of an element and number of matrices; what the compiler makes of them is in docs/kernels.md.
+_TILES = {
+    (2, 1): Tiles(64, 128, 64, warps=4, stages=3),
+    (2, 2): Tiles(64, 64, 64, warps=4, stages=3),
+    (4, 1): Tiles(64, 64, 32, warps=4, stages=3),
+    (4, 2): Tiles(64, 32, 32, warps=4, stages=3),
+}
+_ROW_TILES = {1: Tiles(16, 64, 32, warps=4, stages=3), 2: Tiles(16, 64, 32, warps=4, stages=3)}
+
+
+def _fit(tiles: Tiles, *, rows: int, columns: int, depth: int) -> Tiles:
+    """Shrinks tiles to the problem: few rows and narrow matrices should not be padded to a full tile."""
+    return dataclasses.replace(
+        tiles,
+        rows=min(tiles.rows, max(16, _power_of_two(rows))),
+        columns=min(tiles.columns, max(16, _power_of_two(columns))),
+        depth=min(tiles.depth, max(16, _power_of_two(depth))),
+    )
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << max(value - 1, 0).bit_length()

@@ -1,0 +1,149 @@
+"""Products with packed experts in plain XLA: what a CPU, and any platform without a kernel, really uses.
+
+A loop over the experts that have rows, and inside it one over blocks of the expert's matrix, which are decoded to
+float32 as they are needed: a block stays in the cache, and is all that is ever decoded at one time. Rows are taken in
+tiles of a few fixed heights, the lowest that holds the expert's rows, so that the product of one row does not cost as
+much as that of a hundred. (Measured against decoding whole matrices, blocks of columns, multiplying and summing.)
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from pallas_kernels.dispatch import zeros_alike
+from pallas_kernels.grouped_matmul.gating import activate
+from pallas_kernels.packed_moe_matmul.bits import Slots, decode, resolve
+
+# Heights of the tiles of rows; an expert with more rows than the last takes several of that.
+_HEIGHTS = (2, 8, 32, 128)
+# Elements of a decoded block for tiles of at most as many rows: few rows wait for memory, many for the multiplier.
+_BLOCKS = ((8, 2**18), (128, 2**20))
+
+
+def rows_times_experts(
+    rows: Float[Array, "m k"],
+    weights: Sequence[Slots],
+    group_sizes: Int[Array, " e"],
+    slot_of: Int[Array, " e"],
+    pos_of: Int[Array, " e"],
+    *,
+    act: str | None,
+    transpose: bool,
+    dtype: DTypeLike,
+) -> Float[Array, "m n"]:
+    """Row i of expert e gives `rows[i] @ matrix(e)` (or its transpose), or the gated product of two `weights`."""
+    m, (_, k, n) = rows.shape[0], weights[0].words.shape
+    n = k if transpose else n
+    precise = jnp.promote_types(rows.dtype, jnp.float32)
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    slot_of, pos_of, poison = resolve(slot_of, pos_of, weights[0].count)
+    # Bits, because XLA's CPU compiler widens a whole bfloat16 array to update a slice of it.
+    row_bits = _bits(rows)
+
+    def of_height(height):
+        def one_tile(at, expert, first, end, out):
+            tile = _floats(lax.dynamic_slice_in_dim(row_bits, at, height), rows.dtype)
+            multiply = _transposed_product if transpose else _product
+            made = [multiply(tile, slots, slot_of[expert], pos_of[expert], precise) for slots in weights]
+            made = made[0] if act is None else activate(made[0], act) * made[1]
+            made = _bits((made + poison[expert].astype(precise)).astype(dtype))
+            row = at + jnp.arange(height, dtype=jnp.int32)[:, None]
+            before = lax.dynamic_slice_in_dim(out, at, height)
+            own = (row >= first) & (row < end)
+            return lax.dynamic_update_slice_in_dim(out, jnp.where(own, made, before), at, 0)
+
+        def tiles(expert, out):
+            end = ends[expert]
+            start = end - group_sizes[expert]
+
+            def step(state):
+                # A tile that would hang over the end of the array is moved back.
+                first, out = state
+                return first + height, one_tile(jnp.minimum(first, m - height), expert, first, end, out)
+
+            if height == heights[-1] < m:
+                return lax.while_loop(lambda state: state[0] < end, step, (start, out))[1]
+            return step((start, out))[1]
+
+        return tiles
+
+    heights = [height for height in _HEIGHTS if height < m]
+    heights = heights if m > _HEIGHTS[-1] else [*heights, m]
+    branches = [of_height(height) for height in heights]
+    # Experts without rows come last and are not visited.
+    order = jnp.argsort(group_sizes == 0, stable=True)
+    active = jnp.sum(group_sizes > 0, dtype=jnp.int32)
+    limits = jnp.array(heights[:-1], jnp.int32)
+
+    def visit(state):
+        visited, out = state
+        expert = order[visited]
+        lowest = jnp.sum(group_sizes[expert] > limits, dtype=jnp.int32)
+        return visited + 1, lax.switch(lowest, branches, expert, out)
+
+    start = (zeros_alike((), jnp.int32, rows), _bits(zeros_alike((m, n), dtype, rows)))
+    return _floats(lax.while_loop(lambda state: state[0] < active, visit, start)[1], jnp.dtype(dtype))
+
+
+def _product(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
+    """tile [r, k] @ matrix [k, n], block after block of the matrix's rows."""
+    k, n = slots.words.shape[1:]
+    depth, blocks = _split(k, n, tile.shape[0])
+
+    def step(i, total):
+        at = jnp.minimum(i * depth, k - depth)
+        part = lax.dynamic_slice_in_dim(tile, at, depth, 1).astype(precise)
+        if blocks * depth > k:  # the last block was moved back over what is already summed
+            part = jnp.where(at + jnp.arange(depth) >= i * depth, part, 0)
+        return total + part @ _block(slots, slot, pos, at, depth, precise)
+
+    return lax.fori_loop(0, blocks, step, zeros_alike((tile.shape[0], n), precise, tile))
+
+
+def _transposed_product(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
+    """tile [r, n] @ matrix.T [n, k], block after block of the result's columns."""
+    k, n = slots.words.shape[1:]
+    depth, blocks = _split(k, n, tile.shape[0])
+    tile = tile.astype(precise)
+
+    def step(i, out):
+        at = jnp.minimum(i * depth, k - depth)
+        block = _block(slots, slot, pos, at, depth, precise)
+        part = lax.dot_general(tile, block, (((1,), (1,)), ((), ())))
+        return lax.dynamic_update_slice_in_dim(out, part, at, 1)
+
+    return lax.fori_loop(0, blocks, step, zeros_alike((tile.shape[0], k), precise, tile))
+
+
+def _block(slots: Slots, slot: Array, pos: Array, at: Array, depth: int, precise: DTypeLike) -> Array:
+    """Rows at..at + depth of one slot's matrix, decoded: [depth, n]."""
+    packed, _, n = slots.words.shape
+
+    def cut(stack, index):
+        return lax.dynamic_slice(stack, (index, at, 0), (1, depth, n))[0]
+
+    if slots.dense is None:
+        return decode(cut(slots.words, slot), pos, precise)
+    return lax.cond(
+        slot < packed,
+        lambda: decode(cut(slots.words, slot), pos, precise),
+        lambda: cut(slots.dense, slot - packed).astype(precise),
+    )
+
+
+def _split(k: int, n: int, rows: int) -> tuple[int, int]:
+    """Height of a block and how many there are: about equal, and not above the size that suits the rows."""
+    limit = next(size for most, size in _BLOCKS if rows <= most)
+    blocks = -(-k * n // limit)
+    depth = min(k, -(-k // (8 * blocks)) * 8)
+    return depth, -(-k // depth)
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _floats(x: Array, dtype: DTypeLike) -> Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
