@@ -1,0 +1,76 @@
+"""PuzzleMoE (arXiv:2511.04805): two experts of a trained mixture of experts in the space of one, without training.
+
+A pair keeps one magnitude tensor, and for each expert signs and masks in bits that bfloat16 exponents leave free.
+
+Example:
+    import jax
+    from jaxlab.puzzlemoe import PuzzleConfig, compress_experts, expert_stats, random_pairs, unpack
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    gate, up = (0.02 * jax.random.normal(k, (8, 64, 128)) for k in keys[:2])
+    down, x = 0.02 * jax.random.normal(keys[2], (8, 128, 64)), jax.random.normal(keys[3], (256, 64))
+    stats = expert_stats(x, gate, up, jax.random.randint(keys[4], (256, 2), 0, 8))
+    pairs = random_pairs(jax.random.key(1), 8, ratio=0.5)
+    packed = compress_experts(gate, up, down, stats, pairs, PuzzleConfig())
+    first_member_of_slot_0 = unpack(packed.gate[0], 0)
+
+`baselines` is a package of it. Names are loaded when they are first used, so that importing this package costs nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxlab.core import lazy
+
+if TYPE_CHECKING:
+    from jaxlab.puzzlemoe import baselines
+    from jaxlab.puzzlemoe.bit_packing import exponent_histogram, pack_pair, unpack
+    from jaxlab.puzzlemoe.compression import PackedExperts, compress_experts
+    from jaxlab.puzzlemoe.config import PuzzleConfig
+    from jaxlab.puzzlemoe.layer import MoELayer, apply_moe_layer
+    from jaxlab.puzzlemoe.memory import MemoryEstimate, estimate_memory
+    from jaxlab.puzzlemoe.merging import MergedPair, dual_mask_merge, reconstruct, similarity_mask
+    from jaxlab.puzzlemoe.pairing import random_pairs, search_pairs
+    from jaxlab.puzzlemoe.quantization import QuantizedPair, dequantize_pair, quantize_pair
+    from jaxlab.puzzlemoe.statistics import ExpertStats, expert_norms, expert_stats
+
+__all__ = [
+    "ExpertStats",
+    "MemoryEstimate",
+    "MergedPair",
+    "MoELayer",
+    "PackedExperts",
+    "PuzzleConfig",
+    "QuantizedPair",
+    "apply_moe_layer",
+    "baselines",
+    "compress_experts",
+    "dequantize_pair",
+    "dual_mask_merge",
+    "estimate_memory",
+    "expert_norms",
+    "expert_stats",
+    "exponent_histogram",
+    "pack_pair",
+    "quantize_pair",
+    "random_pairs",
+    "reconstruct",
+    "search_pairs",
+    "similarity_mask",
+    "unpack",
+]
+
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "bit_packing": ("exponent_histogram", "pack_pair", "unpack"),
+        "compression": ("PackedExperts", "compress_experts"),
+        "config": ("PuzzleConfig",),
+        "layer": ("MoELayer", "apply_moe_layer"),
+        "memory": ("MemoryEstimate", "estimate_memory"),
+        "merging": ("MergedPair", "dual_mask_merge", "reconstruct", "similarity_mask"),
+        "pairing": ("random_pairs", "search_pairs"),
+        "quantization": ("QuantizedPair", "dequantize_pair", "quantize_pair"),
+        "statistics": ("ExpertStats", "expert_norms", "expert_stats"),
+    },
+    modules=("baselines",),
+)

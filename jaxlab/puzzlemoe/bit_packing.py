@@ -1,0 +1,87 @@
+"""A merged pair in 16 bits a position: signs and masks in exponent bits that weights leave free.
+
+    bit 15    14    13    12    11..7                    6..0
+        S_i   S_j   M_i   M_j   max(exponent,112)-112    mantissa
+
+(PuzzleMoE, arXiv:2511.04805, algorithm 1.) The biased exponents of expert weights lie in about 112..128; the five bits
+left for them hold 112..143. A literal encoder would turn an exact zero into 2^-15; here both mask bits are cleared.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree, UInt16
+
+from jaxlab.puzzlemoe.config import UNDERFLOWS, check_name
+from jaxlab.puzzlemoe.merging import MergedPair
+from pallas_kernels.packed_moe_matmul import unpack
+
+__all__ = ["exponent_histogram", "pack_pair", "unpack"]
+
+LOWEST, HIGHEST = 112, 143
+"""Biased exponents that a word can hold: magnitudes from 2^-15 to below 2^17."""
+
+
+def pack_pair(pair: MergedPair, *, underflow: str = "clamp", checked: bool = True) -> UInt16[Array, "*shape"]:
+    """One word a position; `unpack` gives the weights of either member back.
+
+    Magnitudes of 2^-15 and more, and zeros, come back bit by bit.
+
+    Args:
+        pair: of `dual_mask_merge`.
+        underflow: of magnitudes below 2^-15: "clamp" raises the exponent and keeps the mantissa (paper; the error stays
+            below 2^-14), "nearest" makes those below 2^-16 zero and the others 2^-15.
+        checked: look on the host for magnitudes that no word can hold. Inside `jit` pass False; such a magnitude then
+            takes the highest exponent.
+
+    Raises:
+        ValueError: a magnitude of 2^17 or more, or not finite (`checked`); an unknown `underflow`; `checked` inside a
+            traced function.
+    """
+    check_name("underflow", underflow, UNDERFLOWS)
+    mag = jnp.asarray(pair.mag)
+    if checked:
+        if isinstance(mag, jax.core.Tracer):
+            raise ValueError("pack_pair cannot look at values inside a traced function: pass checked=False")
+        too_large = int(jnp.sum(exponents(mag) > HIGHEST))
+        if too_large:
+            raise ValueError(
+                f"pair.mag must be finite and below 2^17 (biased exponent at most {HIGHEST}), "
+                f"got {too_large} of {mag.size} magnitudes that are not"
+            )
+    bits = jax.lax.bitcast_convert_type(mag, jnp.uint16)
+    exponent, mantissa = bits >> 7 & 0xFF, bits & 0x7F
+    if underflow == "clamp":
+        stored = bits << 1 != 0
+    else:
+        stored = exponent >= LOWEST - 1
+        mantissa = jnp.where(exponent == LOWEST - 1, 0, mantissa)
+    word = (jnp.clip(exponent, LOWEST, HIGHEST) - LOWEST) << 7 | mantissa
+    for bit, flag in ((15, pair.sign_i), (14, pair.sign_j), (13, stored & pair.mask_i), (12, stored & pair.mask_j)):
+        word |= jnp.asarray(flag).astype(jnp.uint16) << bit
+    return word
+
+
+def exponent_histogram(tree: PyTree) -> np.ndarray:
+    """How often each biased exponent (0..255) occurs in the leaves, rounded to bfloat16: int64 `[256]`.
+
+    Raises:
+        TypeError: a leaf that is not floating.
+    """
+    counts = np.zeros(256, np.int64)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(f"leaf {jax.tree_util.keystr(path)} must be floating, got {jnp.result_type(leaf)}")
+        values = jnp.ravel(leaf)
+        for start in range(0, values.size, _CHUNK):  # bincount wants 8 bytes a value
+            part = exponents(values[start : start + _CHUNK].astype(jnp.bfloat16))
+            counts += np.bincount(np.asarray(part), minlength=256)
+    return counts
+
+
+_CHUNK = 1 << 22
+
+
+def exponents(x: Array) -> Array:
+    """Biased exponents of bfloat16 values, uint16."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) >> 7 & 0xFF
