@@ -6,6 +6,7 @@ consecutive experts.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -15,6 +16,7 @@ from jaxlab.xmoe.exchange import Delivery, bring_back, deliver
 from jaxlab.xmoe.experts import Experts, Routed, expert_ffn
 from jaxlab.xmoe.peers import Peers, device_index, receive_rows, topology_of
 from jaxlab.xmoe.pft import build_pft
+from jaxlab.xmoe.rbd import rbd_combine, rbd_dispatch, rbd_plan
 from jaxlab.xmoe.router import Routing
 from pallas_kernels.token_combine import token_combine
 from pallas_kernels.token_gather import token_gather
@@ -46,7 +48,7 @@ def pft(
     """
     del key
     topology = topology_of(config)
-    peers = Peers(config.expert_axes)
+    peers = Peers(tuple(config.expert_axes))
     local = local_experts(experts, config, peers.size)
     kernels = config.kernel_implementation
     how = {"implementation": config.exchange_implementation, "kernels": kernels}
@@ -60,6 +62,45 @@ def pft(
     back = bring_back(done, delivery, peers, sent_rows=rows.shape[0], **how)
     y = token_combine(back, routing.weights, buffer.inv, buffer.slots, buffer.num_valid, implementation=kernels)
     return Routed(y, lost, rows_abroad(delivery, config, topology.devices_per_node))
+
+
+def rbd(
+    x: Float[Array, "s h"],
+    routing: Routing,
+    config: MoEConfig,
+    experts: Experts,
+    key: Array | None = None,
+    *,
+    expert_fn: ExpertFunction = expert_ffn,
+) -> Routed:
+    """Like `pft`, but a token crosses to another node once however many experts it has there (X-MoE section 2.5).
+
+    Within one node there is nothing to save, and it is `pft`.
+
+    Args:
+        x: this device's tokens.
+        routing: their experts.
+        config: the layer; `config.pilot` says which slot's device the row goes to.
+        experts: this device's E / W experts.
+        key: for "random" pilots; the same key gives the same plan, so that rematerialisation repeats it. Devices draw
+            apart from each other.
+        expert_fn: what the experts do to rows that lie expert after expert.
+
+    Raises:
+        ValueError: unbound axes, experts that do not divide over them, or "random" without a key.
+    """
+    topology = topology_of(config)
+    if config.pilot == "random":
+        if key is None:
+            raise ValueError("pilot='random' needs a key, got None; 'first' and 'rail' do without")
+        key = jax.random.fold_in(key, device_index(config))
+    if topology.num_nodes == 1 or x.shape[0] == 0:
+        return pft(x, routing, config, experts, expert_fn=expert_fn)
+    local_experts(experts, config, topology.num_devices)
+    plan = rbd_plan(build_pft(routing, config), config, topology, key)
+    sent = rbd_dispatch(x, routing.weights, plan, config, capacity=routing.capacity)
+    done = expert_fn(sent.rows, experts, sent.group_sizes, config)
+    return Routed(rbd_combine(done, sent, plan, config), sent.dropped_recv, sent.inter_node_rows)
 
 
 def local_experts(experts: Experts, config: MoEConfig, devices: int) -> int:

@@ -48,6 +48,14 @@ def axis_size(axes: tuple[str, ...]) -> int:
         raise ValueError(f"axis {axes} is not bound: expected to be called inside jax.shard_map over it") from error
 
 
+def is_bound(axes: tuple[str, ...]) -> bool:
+    """Whether an enclosing `shard_map` binds all of the axes, of which there is at least one."""
+    try:
+        return bool(axes) and lax.axis_size(axes) > 0
+    except NameError:
+        return False
+
+
 def topology_of(config: MoEConfig) -> Topology:
     """The devices of `expert_axes` and their nodes.
 
@@ -73,7 +81,7 @@ def device_index(config: MoEConfig) -> Int[Array, ""]:
 def inside(config: MoEConfig, topology: Topology) -> Peers:
     """The devices of the own node."""
     if len(config.expert_axes) > 1:
-        return Peers(config.expert_axes[1:])
+        return Peers(tuple(config.expert_axes[1:]))
     size = topology.devices_per_node
     return _grouped(config, tuple(tuple(range(n * size, (n + 1) * size)) for n in range(topology.num_nodes)))
 
@@ -81,16 +89,18 @@ def inside(config: MoEConfig, topology: Topology) -> Peers:
 def across(config: MoEConfig, topology: Topology) -> Peers:
     """The device with the own index inside its node, of every node (the 'rail')."""
     if len(config.expert_axes) > 1:
-        return Peers(config.expert_axes[:1])
+        return Peers(tuple(config.expert_axes[:1]))
     size = topology.devices_per_node
     return _grouped(config, tuple(tuple(range(i, topology.num_devices, size)) for i in range(size)))
 
 
 def _grouped(config: MoEConfig, groups: tuple[tuple[int, ...], ...]) -> Peers:
-    return Peers(config.expert_axes, groups if len(groups) > 1 else None)
+    return Peers(tuple(config.expert_axes), groups if len(groups) > 1 else None)
 
 
-def receive_rows(config: MoEConfig, tokens: int, capacity: int | None, sources: int, experts: int) -> int:
+def receive_rows(
+    config: MoEConfig, tokens: int, capacity: int | None, sources: int, experts: int, *, pilots_only: bool = False
+) -> int:
     """Room for the slots of `sources` devices at `experts` experts: the worst case, or what the buffer factor allows.
 
     Args:
@@ -99,8 +109,9 @@ def receive_rows(config: MoEConfig, tokens: int, capacity: int | None, sources: 
         capacity: slots of one source that an expert takes; None if all.
         sources: devices that send here.
         experts: experts whose slots they send.
+        pilots_only: they send at most one slot of each token.
     """
-    slots = tokens * min(config.top_k, experts)
+    slots = tokens * (1 if pilots_only else min(config.top_k, experts))
     if capacity is not None:
         slots = min(slots, experts * capacity)
     worst = sources * slots
