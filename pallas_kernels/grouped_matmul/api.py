@@ -25,13 +25,12 @@ _GRADIENT = {
     "interpret": functools.partial(triton.weights_gradient, interpret=True),
     "ragged_dot": ragged_dot.weights_gradient,
 }
-_GATED = {
-    module.__name__.rpartition(".")[2]: gating.composed(module.rows_times_weights, module.weights_gradient)
-    for module in (reference, xla, triton, ragged_dot)
+_COMPOSED = {
+    name: gating.composed(_FORWARD[name], _GRADIENT[name])
+    for name in ("reference", "triton", "interpret", "ragged_dot")
 }
-_GATED["interpret"] = gating.composed(_FORWARD["interpret"], _GRADIENT["interpret"])
-_GATED_FORWARD = {name: forward for name, (forward, _) in _GATED.items()}
-_GATED_GRADIENTS = {name: gradients for name, (_, gradients) in _GATED.items()}
+_GATED_FORWARD = {"xla": xla.gated, **{name: forward for name, (forward, _) in _COMPOSED.items()}}
+_GATED_GRADIENTS = {"xla": xla.gated_gradients, **{name: gradients for name, (_, gradients) in _COMPOSED.items()}}
 
 
 def grouped_matmul(

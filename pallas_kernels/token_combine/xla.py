@@ -1,6 +1,7 @@
 """The gradient of the weights in plain XLA; the sum and the gradient of its rows are `token_gather`'s two gathers."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.token_gather.reference import accumulator
@@ -11,6 +12,7 @@ def row_dots(
     y: Float[Array, "b h"], tokens: Float[Array, "s h"], inv: Int[Array, "s k"], num_valid: Int[Array, ""]
 ) -> Float[Array, "s k"]:
     """Entry (t, j) is the dot product of `y[inv[t, j]]` and `tokens[t]`, float32; zero where the slot has no row."""
+    inv = lax.optimization_barrier(inv)
     precise = accumulator(y, tokens)
     tokens = tokens.astype(precise)
     # One column after the other: each is one fused loop over tokens, and [s, k, h] never exists.

@@ -1,6 +1,7 @@
 """Gathers in plain XLA: what a CPU, and any platform without a kernel, really uses."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.token_gather.reference import accumulator
@@ -13,6 +14,7 @@ def gather(
     weights: Float[Array, "s k"] | None = None,
 ) -> Float[Array, "b h"]:
     """Row i is `x[ids[i]]`; with weights ids are slots: `weights[slot] * x[slot // k]`. Zero from num_valid on."""
+    ids, weights = lax.optimization_barrier((ids, weights))
     valid = jnp.arange(ids.shape[0]) < num_valid
     if weights is None:
         rows = rows_of(x, ids)
@@ -30,6 +32,8 @@ def sum_choices(
     weights: Float[Array, "s k"] | None = None,
 ) -> Float[Array, "s h"]:
     """Row t is the sum over j of `y[inv[t, j]]`, times `weights[t, j]` if given; slots without a row count as zero."""
+    # Behind a barrier: with what made the weights (a sort) fused into it, the loop below is ten times slower on a CPU.
+    inv, num_valid, weights = lax.optimization_barrier((inv, num_valid, weights))
     precise = accumulator(y, *(() if weights is None else (weights,)))
     kept = (inv >= 0) & (inv < num_valid)
     total = jnp.zeros((inv.shape[0], y.shape[1]), precise)
