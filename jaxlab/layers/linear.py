@@ -1,5 +1,6 @@
 """The one linear map of the library: several input and output axes, logical axis names, one flat matrix product."""
 
+import functools
 import math
 
 import jax
@@ -65,12 +66,7 @@ class Linear(nn.Module):
         # Two flat matrices: XLA's CPU backend multiplies these without a copy, and the kernel's gradient, too. Under a
         # mesh the batch and sequence axes may be split, so there they stay apart.
         rows = (math.prod(lead),) if jax.sharding.get_abstract_mesh().empty else lead
-        y = jax.lax.dot_general(
-            x.astype(dtype).reshape(*rows, fan_in),
-            kernel.astype(dtype).reshape(fan_in, fan_out),
-            (((len(rows),), (0,)), ((), ())),
-            preferred_element_type=out_dtype,
-        )
+        y = _product(x.reshape(*rows, fan_in), kernel.reshape(fan_in, fan_out), dtype, out_dtype)
         return self._biased(y.reshape(*lead, *self.features))
 
     def _biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -78,3 +74,10 @@ class Linear(nn.Module):
             bias_init = named(nn.initializers.zeros_init(), self.names[self.in_axes :])
             y = y + self.param("bias", bias_init, self.features, jnp.dtype(self.param_dtype)).astype(y.dtype)
         return y
+
+
+# Checkpointed: the backward pass keeps the arguments as they are and casts them again. The product is not repeated.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def _product(x: Float[Array, "*rows k"], kernel: Float[Array, "k n"], dtype: DTypeLike, out_dtype: DTypeLike) -> Array:
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), contract, preferred_element_type=out_dtype)

@@ -65,10 +65,25 @@ def expert_ffn(
     multiply = functools.partial(
         grouped_matmul, group_sizes=group_sizes, implementation=implementation or config.kernel_implementation
     )
-    gate, up, down = (None if matrix is None else matrix.astype(rows.dtype) for matrix in experts)
-    if gate is None:
-        return multiply(act(multiply(rows, up), config.activation), down)
-    return multiply(multiply(rows, gate, rhs_up=up, act="silu"), down)
+
+    # Checkpointed: the backward pass keeps rows, one array of inner width and the matrices as they are stored; their
+    # casts and the nonlinearity are made again. The products themselves are not.
+    @_made_again
+    def into(rows, gate, up):
+        up = up.astype(rows.dtype)
+        if gate is None:
+            return multiply(rows, up)
+        return multiply(rows, gate.astype(rows.dtype), rhs_up=up, act="silu")
+
+    @_made_again
+    def out_of(inner, down):
+        inner = act(inner, config.activation) if experts.gate is None else inner
+        return multiply(inner, down.astype(inner.dtype))
+
+    return out_of(into(rows, experts.gate, experts.up), experts.down)
+
+
+_made_again = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def no_exchange(y: Float[Array, "s h"]) -> Routed:

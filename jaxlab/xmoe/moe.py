@@ -34,8 +34,8 @@ _DISPATCHERS = {
     "tutel": "baselines",
     "megablocks": "baselines",
     "ragged_dot": "baselines",
-    "maxtext": "baselines",
-    "megatron": "baselines",
+    "maxtext": "expert_baselines",
+    "megatron": "expert_baselines",
 }
 """Name of a way of dispatching -> the module of this package that has the function of that name."""
 
@@ -262,10 +262,10 @@ def _on_device(form: _Form, params: Any, x: Float[Array, "s h"], rng: Array | No
         rng = jax.random.fold_in(rng, jax.lax.axis_index(form.reduce_axes))
     jitter_key, pilot_key = (None, None) if rng is None else jax.random.split(rng)
 
-    seen = x.astype(jnp.float32)
+    seen = x  # the router computes in float32; what is kept of x for its gradient need not be
     if form.train and config.jitter_eps:
         low, high = 1 - config.jitter_eps, 1 + config.jitter_eps
-        seen = seen * jax.random.uniform(jitter_key, seen.shape, jnp.float32, low, high)
+        seen = seen.astype(jnp.float32) * jax.random.uniform(jitter_key, seen.shape, jnp.float32, low, high)
     router = Linear((config.num_experts,), ("embed", None), dtype="float32", parent=None)
     logits: Any = router.apply({"params": params["router"]}, seen)
     routing = top_k_gating(logits, config, train=form.train)
