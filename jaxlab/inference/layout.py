@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlab.models.decoder import Decoder, default_mlp
+from jaxlab.models.decoder import Decoder, MoEPolicy, default_mlp
 
 
 def decode_params(model: Any, params: Any) -> Any:
@@ -65,7 +65,7 @@ def _layer(model: Decoder, tree: Any) -> Any:
     attn["qkv"] = _joined(*(attn.pop(name) for name in "qkv"))
     attn["o"] = _transposed(attn["o"], in_axes=2)
     mlp = tree["mlp"]
-    if model.mlp is default_mlp and "router" not in mlp:
+    if (model.mlp is default_mlp or isinstance(model.mlp, MoEPolicy)) and "router" not in mlp:
         mlp = {"gate_up": _joined(mlp["gate"], mlp["up"]), "down": _transposed(mlp["down"])}
     return {**tree, "attn": attn, "mlp": mlp}
 

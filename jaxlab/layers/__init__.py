@@ -1,4 +1,4 @@
-"""The pieces networks are made of: norms, rotary positions, linear maps, attention, gated and sparse MLPs.
+"""The pieces networks are made of: norms, rotary positions, linear maps, attention, gated MLPs.
 
 Flax linen modules whose parameters carry logical axis names (`jaxlab.core.mesh.DEFAULT_RULES` shards them).
 
@@ -15,16 +15,13 @@ from jaxlab.layers.linear import Linear
 from jaxlab.layers.mlp import GatedMLP
 from jaxlab.layers.norm import RMSNorm
 from jaxlab.layers.rope import apply_rope, rope_frequencies, rope_tables
-from jaxlab.layers.sparse_mlp import SparseMLP, route
 
 __all__ = [
     "GatedMLP",
     "Linear",
     "RMSNorm",
     "SelfAttention",
-    "SparseMLP",
     "apply_rope",
     "rope_frequencies",
     "rope_tables",
-    "route",
 ]

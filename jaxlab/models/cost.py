@@ -141,12 +141,13 @@ def _projection_weights(config: DecoderConfig) -> int:
 
 
 def _mlp_weights(config: DecoderConfig, sparse: bool, *, every: bool) -> int:
-    """Weights of the gated MLPs of one layer: of every expert, or of those that a token meets."""
+    """Weights of the MLPs of one layer: of every expert, or of those that a token meets."""
     d, moe = config.hidden_size, config.moe
     if not sparse or moe is None:
         return 3 * d * config.intermediate_size
     experts = moe.num_experts if every else moe.top_k
-    return 3 * d * (experts * moe.ffn_size + moe.shared_ffn_size) + (d if moe.shared_gate else 0)
+    matrices = 3 if moe.activation == "swiglu" else 2
+    return d * (matrices * experts * moe.ffn_size + 3 * moe.shared_ffn_size) + (d if moe.shared_gate else 0)
 
 
 def _router_weights(config: DecoderConfig, sparse: bool) -> int:

@@ -8,7 +8,7 @@ Number = float | int
 
 ACTIVATIONS = ("swiglu", "silu", "gelu")
 DROP_POLICIES = ("none", "probs", "position")
-COMBINE_WEIGHTS = ("softmax", "softmax_renorm", "logits", "sigmoid")
+COMBINE_WEIGHTS = ("softmax", "softmax_renorm", "logits", "sigmoid", "sigmoid_scores")
 PILOTS = ("random", "first", "rail")
 DISPATCHES = (
     "local", "pft", "rbd", "dense", "padded", "tutel", "megablocks", "ragged_dot", "maxtext", "megatron"
@@ -39,7 +39,8 @@ class MoEConfig:
         min_capacity: the least it takes.
         drop_policy: "none" (dropless), "probs" (the highest scores stay), "position" (the first slots stay).
         combine_weight: "softmax" (top-k probabilities), "softmax_renorm" (over their sum), "logits" (as the released
-            X-MoE code does), "sigmoid" (DeepSeek-V3: over their sum, chosen with a selection bias).
+            X-MoE code does), "sigmoid" (DeepSeek-V3: over their sum, chosen with a selection bias), "sigmoid_scores"
+            (the same, not divided by their sum).
         aux_loss_coef: weight of the load-balancing loss in `router_loss`.
         z_loss_coef: weight of the mean squared logsumexp of the logits.
         jitter_eps: in training the router sees x times U(1 - eps, 1 + eps).

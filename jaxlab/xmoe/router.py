@@ -16,6 +16,8 @@ from jaxlab.xmoe.config import MoEConfig, expert_capacity
 
 ArrayLike = Array | np.ndarray
 
+_SIGMOID = ("sigmoid", "sigmoid_scores")
+
 
 @struct.dataclass
 class Routing:
@@ -67,7 +69,7 @@ def top_k_gating(
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"logits must be floating, got {logits.dtype}")
     if selection_bias is not None:
-        if cfg.combine_weight != "sigmoid":
+        if cfg.combine_weight not in _SIGMOID:
             raise ValueError(f"selection_bias needs combine_weight='sigmoid', got {cfg.combine_weight!r}")
         selection_bias = jnp.asarray(selection_bias)
         if selection_bias.shape != (experts,):
@@ -75,7 +77,7 @@ def top_k_gating(
     logits = logits.astype(jnp.float32)
     tokens = logits.shape[0]
 
-    if cfg.combine_weight == "sigmoid":
+    if cfg.combine_weight in _SIGMOID:
         scores = jax.nn.sigmoid(logits)
         probs = scores / _at_least_epsilon(jnp.sum(scores, axis=-1, keepdims=True))
     else:

@@ -1,6 +1,5 @@
 """Layers against float64 numpy, rotary scalings against numbers of the papers' formulas."""
 
-import functools
 import math
 
 import jax
@@ -10,10 +9,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxlab.layers import Linear, RMSNorm, SparseMLP, apply_rope, rope_frequencies, rope_tables, route
+from jaxlab.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
 from jaxlab.layers.sharding import constrain
-from jaxlab.models.decoder import MoESpec
-from tests.oracles.decoder import sparse_mlp
 
 RNG = np.random.default_rng(0)
 
@@ -100,48 +97,6 @@ def test_rope_sections():
         np.testing.assert_allclose(sin[..., rows], own[1][..., rows], rtol=1e-6)
     with pytest.raises(ValueError, match="rope sections"):
         rope_tables(positions, frequencies, sections=(2, 2, 1))
-
-
-def test_route():
-    logits = jnp.asarray([[1.0, 3.0, 3.0, -1.0]])
-    experts, weights = route(logits, 2)
-    np.testing.assert_array_equal(experts, [[1, 2]])
-    np.testing.assert_allclose(weights, jax.nn.softmax(logits)[:, 1:3], rtol=1e-6)
-    np.testing.assert_allclose(route(logits, 2, renormalise=True, scale=3.0)[1], [[1.5, 1.5]], rtol=1e-6)
-    np.testing.assert_allclose(route(logits, 1, scoring="sigmoid")[1], jax.nn.sigmoid(logits[:, 1:2]), rtol=1e-6)
-
-
-@pytest.mark.latest
-def test_sparse_mlp_values_and_gradients():
-    """Against the token-by-token oracle; gradients against a dense form of the same sum."""
-    spec = MoESpec(4, 2, 6, shared_ffn_size=5, shared_gate=True, renormalise=True, scale=1.5)
-    mlp = SparseMLP(4, 2, 6, shared_ffn_size=5, shared_gate=True, renormalise=True, scale=1.5)
-    x = jnp.asarray(RNG.normal(size=(2, 7, 8)), jnp.float32)
-    params = nn.meta.unbox(mlp.init(jax.random.key(0), x))["params"]
-    params = jax.tree.map(lambda leaf: leaf * 2, params)
-
-    def dense(params, x):
-        experts, weights = route(x @ params["router"]["kernel"], 2, renormalise=True, scale=1.5)
-        mix = jnp.sum(jax.nn.one_hot(experts, 4) * weights[..., None], axis=1)
-        inner = jax.nn.silu(jnp.einsum("sd,edf->esf", x, params["gate"])) * jnp.einsum("sd,edf->esf", x, params["up"])
-        routed = jnp.einsum("esf,efd,se->sd", inner, params["down"], mix)
-        gate, up, down = (params["shared"][name]["kernel"] for name in ("gate", "up", "down"))
-        shared = (jax.nn.silu(x @ gate) * (x @ up)) @ down
-        return routed + shared * jax.nn.sigmoid(x @ params["shared_gate"]["kernel"])
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(form, params, x):
-        y, pull = jax.vjp(form, params, x)
-        return y, pull(jnp.cos(y))
-
-    y, (d_params, d_x) = run(lambda params, x: mlp.apply({"params": params}, x), params, x)
-    oracle = sparse_mlp(
-        spec, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), np.asarray(x, np.float64)
-    )
-    np.testing.assert_allclose(y, oracle, atol=1e-5)
-    _, (want_params, want_x) = run(dense, params, x.reshape(-1, 8))
-    for got, want in zip(jax.tree.leaves((d_params, d_x.reshape(-1, 8))), jax.tree.leaves((want_params, want_x))):
-        np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.max(jnp.abs(want))))
 
 
 def test_constrain_follows_the_mesh():

@@ -76,7 +76,7 @@ def test_oracle(name):
     np.testing.assert_allclose(np.asarray(out.logits)[seen], want[seen], atol=3e-5)
     assert out.logits.dtype == out.hidden.dtype == jnp.float32
     assert out.cache is None
-    assert out.aux == {}
+    assert list(out.aux) == [f"blocks_{i}" for i, run in enumerate(model.config.layer_runs()) if run.sparse]
     np.testing.assert_allclose(_apply_unembed(model, params, out.hidden[0, 3]), out.logits[0, 3], atol=1e-5)
     np.testing.assert_allclose(out.hidden @ head_weight(params), out.logits, atol=1e-5)
 

@@ -24,7 +24,7 @@ def route(logits, top_k, *, combine="softmax", drop="none", factor=1.25, min_cap
     """Dictionary of expert_ids, weights, keep `[S,k]`, aux_loss, z_loss, capacity (None if dropless)."""
     logits = np.asarray(logits, np.float64)
     tokens, experts = logits.shape
-    if combine == "sigmoid":
+    if combine in ("sigmoid", "sigmoid_scores"):
         scores = sigmoid(logits)
         probs = scores / scores.sum(axis=1, keepdims=True)
         choose = scores + (0 if selection_bias is None else np.asarray(selection_bias, np.float64))

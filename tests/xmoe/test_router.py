@@ -24,7 +24,7 @@ def check(routing, want, rtol=1e-5):
     assert routing.weights.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("combine", ["softmax", "softmax_renorm", "logits", "sigmoid"])
+@pytest.mark.parametrize("combine", ["softmax", "softmax_renorm", "logits", "sigmoid", "sigmoid_scores"])
 def test_every_weight_and_drop_policy(combine):
     logits = (RNG.normal(size=(24, 8)) * 2).astype(np.float32)
     for drop, factor, least in (("none", 1.0, 4), ("probs", 0.6, 1), ("position", 0.6, 1), ("probs", 1.0, 11)):

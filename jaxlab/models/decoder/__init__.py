@@ -13,7 +13,8 @@ Example:
 
 from jaxlab.models.decoder.cache import Cache, KVCache
 from jaxlab.models.decoder.config import DecoderConfig, MoESpec, RopeConfig
-from jaxlab.models.decoder.model import Decoder, DecoderOutput, abstract_params, default_mlp, head_weight, init_params
+from jaxlab.models.decoder.mlp import MoEPolicy, default_mlp
+from jaxlab.models.decoder.model import Decoder, DecoderOutput, abstract_params, head_weight, init_params
 
 __all__ = [
     "Cache",
@@ -21,6 +22,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderOutput",
     "KVCache",
+    "MoEPolicy",
     "MoESpec",
     "RopeConfig",
     "abstract_params",

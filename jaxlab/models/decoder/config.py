@@ -90,6 +90,8 @@ class MoESpec:
         scoring: "softmax" or "sigmoid" of the router's logits.
         scale: multiplies the k weights.
         sparse_layers: indices of the layers with experts; None = every layer.
+        activation: "swiglu" (three matrices), or two matrices with "silu" or "gelu" between (X-MoE's own models); the
+            shared expert always has three.
     """
 
     num_experts: int
@@ -101,6 +103,7 @@ class MoESpec:
     scoring: str = "softmax"
     scale: Number = 1.0
     sparse_layers: tuple[int, ...] | None = None
+    activation: str = "swiglu"
 
     def __post_init__(self):
         _set(self, "scale", float(self.scale))
@@ -111,6 +114,12 @@ class MoESpec:
         _require(self.ffn_size >= 1, "moe.ffn_size", "at least 1", self.ffn_size)
         _require(self.shared_ffn_size >= 0, "moe.shared_ffn_size", "at least 0", self.shared_ffn_size)
         _require(self.scoring in ("softmax", "sigmoid"), "moe.scoring", "'softmax' or 'sigmoid'", self.scoring)
+        _require(
+            self.activation in ("swiglu", "silu", "gelu"),
+            "moe.activation",
+            "'swiglu', 'silu' or 'gelu'",
+            self.activation,
+        )
         if self.shared_gate and not self.shared_ffn_size:
             raise ValueError("moe.shared_gate needs a shared expert: shared_ffn_size is 0")
 

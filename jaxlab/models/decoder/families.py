@@ -290,6 +290,11 @@ def _lost(config: DecoderConfig) -> list[str]:
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """`DecoderConfig.to_hf`."""
+    if config.moe is not None and config.moe.activation != "swiglu":
+        raise NotImplementedError(
+            f"model_type {config.model_type!r}: moe.activation={config.moe.activation!r} (experts of two matrices) "
+            "has no Hugging Face form, expected 'swiglu'"
+        )
     lost = _lost(config)
     if lost:
         able = [name for name in FAMILIES if not _lost(dataclasses.replace(config, model_type=name))]

@@ -10,10 +10,11 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxlab.layers import GatedMLP, Linear, RMSNorm, SelfAttention, SparseMLP, rope_frequencies, rope_tables
+from jaxlab.layers import Linear, RMSNorm, SelfAttention, rope_frequencies, rope_tables
 from jaxlab.layers.sharding import constrain, named
 from jaxlab.models.decoder.cache import Cache
 from jaxlab.models.decoder.config import DecoderConfig, LayerRun
+from jaxlab.models.decoder.mlp import default_mlp, out_init_scale
 from pallas_kernels.flash_attention import flash_attention
 
 ArrayLike = Array | np.ndarray
@@ -36,37 +37,9 @@ class DecoderOutput:
     aux: dict[str, Any]
 
 
-def _out_init_scale(config: DecoderConfig) -> float:
-    # Each layer adds twice to the residual stream; this keeps its variance at the start (GPT-2).
-    return (2 * config.num_hidden_layers) ** -0.5
-
-
 def _head_dim(config: DecoderConfig) -> int:
     assert config.head_dim is not None  # the configuration fills it in
     return config.head_dim
-
-
-def default_mlp(config: DecoderConfig, layer_is_sparse: bool) -> nn.Module:
-    """The MLP of a layer: `GatedMLP`, or `SparseMLP` where the layer has experts.
-
-    Any such function may take its place in `Decoder(config, mlp=...)`: the module it returns is called as
-    `module(x[B,T,D], train=...)` and returns y, or (y, aux).
-    """
-    common = {"dtype": config.dtype, "param_dtype": config.param_dtype, "out_init_scale": _out_init_scale(config)}
-    moe = config.moe
-    if not layer_is_sparse or moe is None:
-        return GatedMLP(config.intermediate_size, **common)
-    return SparseMLP(
-        num_experts=moe.num_experts,
-        top_k=moe.top_k,
-        ffn_size=moe.ffn_size,
-        shared_ffn_size=moe.shared_ffn_size,
-        shared_gate=moe.shared_gate,
-        renormalise=moe.renormalise,
-        scoring=moe.scoring,
-        scale=moe.scale,
-        **common,
-    )
 
 
 class Block(nn.Module):
@@ -96,7 +69,7 @@ class Block(nn.Module):
             norm_epsilon=config.rms_norm_eps,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
-            out_init_scale=_out_init_scale(config),
+            out_init_scale=out_init_scale(config),
         )
         self.mlp = self.make_mlp(config, self.sparse)
 
@@ -159,6 +132,12 @@ class Stack(nn.Module):
         block = Block(self.config, self.run.sparse, self.make_mlp, parent=None)
         layers = self.run.stop - self.run.start
         params = self._parameters(block, layers, x, cos, sin)
+        if self.is_initializing():
+            return (
+                x,
+                cache,
+                None,
+            )  # the parameters are all that is wanted; experts may lie on axes that are not bound yet
         separate = "layer_0" in params  # one tree a layer, made by `inference.decode_params`
         rng = self.make_rng("mlp") if self.has_rng("mlp") else None
 
