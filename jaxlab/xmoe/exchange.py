@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
-from jaxlab.xmoe.peers import Peers
+from jaxlab.xmoe.config import MoEConfig, Topology
+from jaxlab.xmoe.peers import Peers, device_index
 from pallas_kernels.dispatch import check_names, dispatch, vary_alike, zeros_alike
 from pallas_kernels.token_gather import token_gather
 
@@ -168,6 +169,16 @@ def _rows(x, index, valid):
     return jnp.where(valid[..., None], x.at[index].get(mode="clip"), 0)
 
 
+def rows_abroad(splits: Splits | None, config: MoEConfig, topology: Topology) -> Int[Array, ""]:
+    """Rows that left the own node, in an exchange over all devices or with one device of each node."""
+    if splits is None:
+        return jnp.int32(0)
+    peers, nodes = splits.send_sizes.shape[0], topology.num_nodes
+    node = jnp.arange(peers, dtype=jnp.int32) // (peers // nodes)
+    own = device_index(config) // topology.devices_per_node
+    return jnp.sum(jnp.where(node == own, 0, splits.send_sizes))
+
+
 def starts_of(sizes: Int[Array, " n"]) -> Int[Array, " n"]:
     """Where each of several consecutive segments starts."""
     return jnp.cumsum(sizes, dtype=jnp.int32) - sizes
@@ -196,6 +207,10 @@ class Regrouping(NamedTuple):
     by_group: Int[Array, " r"]
     num_valid: Int[Array, ""]
 
+    def reversed(self) -> "Regrouping":
+        """The way back."""
+        return Regrouping(self.by_group, self.by_source, self.num_valid)
+
 
 def regrouping(counts: Int[Array, "p g"], rows: int) -> Regrouping:
     """For `counts[p, g]` rows of group g from source p in a buffer of `rows`; nothing is sorted."""
@@ -223,14 +238,14 @@ class Delivery(NamedTuple):
     order: Regrouping | None
 
 
+def permute_rows(rows: Float[Array, "r h"], order: Regrouping, config: MoEConfig) -> Float[Array, "r h"]:
+    """Rows by source, put in the order of groups; undefined after the last. The gradient is the gather back."""
+    places, inverse, num_valid = order
+    return token_gather(rows, places, inverse[:, None], num_valid, implementation=config.kernel_implementation)
+
+
 def deliver(
-    rows: Float[Array, "m h"],
-    counts: Int[Array, "p g"],
-    peers: Peers,
-    *,
-    out_rows: int,
-    implementation: str | None,
-    kernels: tuple[str, ...] | None,
+    rows: Float[Array, "m h"], counts: Int[Array, "p g"], peers: Peers, out_rows: int, config: MoEConfig
 ) -> tuple[Float[Array, "r h"], Int[Array, " g"], Int[Array, ""], Delivery]:
     """Sends rows to the peers, where they come to lie group after group.
 
@@ -239,8 +254,7 @@ def deliver(
         counts: rows for each peer and group there.
         peers: the devices that exchange.
         out_rows: room at each device. Lost are the last rows by source, then group, then row.
-        implementation: of the exchange.
-        kernels: of `token_gather`.
+        config: names the implementations.
 
     Returns:
         Rows, by group, undefined after the last; rows in each group; rows lost here; and how to bring them back.
@@ -249,32 +263,22 @@ def deliver(
         return rows, counts[0], jnp.int32(0), Delivery(None, None)
     arriving = peers.swap(counts)
     splits, overflow = agree(jnp.sum(counts, 1), peers, out_rows)
-    received = exchange(rows, splits, peers, out_rows, implementation)
+    received = exchange(rows, splits, peers, out_rows, config.exchange_implementation)
     kept = fitting(arriving.reshape(-1), out_rows).reshape(arriving.shape)
     order = None
     if counts.shape[1] > 1:
         order = regrouping(kept, out_rows)
-        received = _permuted(received, order.by_source, order.by_group, order.num_valid, kernels)
+        received = permute_rows(received, order, config)
     return received, jnp.sum(kept, 0), overflow, Delivery(splits, order)
 
 
 def bring_back(
-    rows: Float[Array, "r h"],
-    delivery: Delivery,
-    peers: Peers,
-    *,
-    sent_rows: int,
-    implementation: str | None,
-    kernels: tuple[str, ...] | None,
+    rows: Float[Array, "r h"], delivery: Delivery, peers: Peers, sent_rows: int, config: MoEConfig
 ) -> Float[Array, "{sent_rows} h"]:
     """What became of the rows of `deliver`, in the order in which they were sent; zeros for lost ones."""
     splits, order = delivery
     if order is not None:
-        rows = _permuted(rows, order.by_group, order.by_source, order.num_valid, kernels)
+        rows = permute_rows(rows, order.reversed(), config)
     if splits is not None:
-        rows = exchange(rows, splits.reversed(), peers, sent_rows, implementation)
+        rows = exchange(rows, splits.reversed(), peers, sent_rows, config.exchange_implementation)
     return rows
-
-
-def _permuted(rows, order, inverse, num_valid, kernels):
-    return token_gather(rows, order, inverse[:, None], num_valid, implementation=kernels)

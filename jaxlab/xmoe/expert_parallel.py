@@ -7,19 +7,15 @@ consecutive experts.
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxlab.xmoe.config import MoEConfig
-from jaxlab.xmoe.exchange import Delivery, bring_back, deliver
+from jaxlab.xmoe.exchange import bring_back, deliver, rows_abroad
 from jaxlab.xmoe.experts import Experts, Routed, expert_ffn
 from jaxlab.xmoe.peers import Peers, device_index, receive_rows, topology_of
-from jaxlab.xmoe.pft import build_pft
+from jaxlab.xmoe.pft import build_pft, pft_gather, pft_scatter
 from jaxlab.xmoe.rbd import rbd_combine, rbd_dispatch, rbd_plan
 from jaxlab.xmoe.router import Routing
-from pallas_kernels.token_combine import token_combine
-from pallas_kernels.token_gather import token_gather
 
 ExpertFunction = Callable[[Array, Experts, Array, MoEConfig], Array]
 
@@ -48,20 +44,18 @@ def pft(
     """
     del key
     topology = topology_of(config)
-    peers = Peers(tuple(config.expert_axes))
+    peers = Peers(config.expert_axes)
     local = local_experts(experts, config, peers.size)
     kernels = config.kernel_implementation
-    how = {"implementation": config.exchange_implementation, "kernels": kernels}
-
     buffer = build_pft(routing, config)
-    rows = token_gather(x, buffer.token_ids, buffer.inv, buffer.num_valid, implementation=kernels)
+    rows = pft_gather(x, buffer, implementation=kernels)
     room = receive_rows(config, x.shape[0], routing.capacity, peers.size, local)
     counts = buffer.tokens_per_expert.reshape(peers.size, local)
-    received, sizes, lost, delivery = deliver(rows, counts, peers, out_rows=room, **how)
+    received, sizes, lost, delivery = deliver(rows, counts, peers, room, config)
     done = expert_fn(received, experts, sizes, config)
-    back = bring_back(done, delivery, peers, sent_rows=rows.shape[0], **how)
-    y = token_combine(back, routing.weights, buffer.inv, buffer.slots, buffer.num_valid, implementation=kernels)
-    return Routed(y, lost, rows_abroad(delivery, config, topology.devices_per_node))
+    back = bring_back(done, delivery, peers, rows.shape[0], config)
+    y = pft_scatter(back, buffer, routing.weights, implementation=kernels)
+    return Routed(y, lost, rows_abroad(delivery.splits, config, topology))
 
 
 def rbd(
@@ -116,19 +110,3 @@ def local_experts(experts: Experts, config: MoEConfig, devices: int) -> int:
             f"got {experts.up.shape[0]}"
         )
     return count
-
-
-def rows_abroad(delivery: Delivery, config: MoEConfig, devices_per_node: int) -> Int[Array, ""]:
-    """Rows of an exchange over all of `expert_axes` that left the own node."""
-    if delivery.splits is None:
-        return jnp.int32(0)
-    sizes = delivery.splits.send_sizes
-    nodes = jnp.arange(sizes.shape[0], dtype=jnp.int32) // devices_per_node
-    return jnp.sum(jnp.where(nodes == device_index(config) // devices_per_node, 0, sizes))
-
-
-def tensor_sliced_ffn(
-    rows: Float[Array, "m h"], experts: Experts, group_sizes: Int[Array, " e"], config: MoEConfig
-) -> Float[Array, "m h"]:
-    """`expert_ffn` where each rank of `config.tp_axis` has a slice of the inner width (TED): a sum over the ranks."""
-    return lax.psum(expert_ffn(rows, experts, group_sizes, config), config.tp_axis)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from jax import lax
 from jaxtyping import Array, Int
@@ -18,8 +19,11 @@ class Peers:
         groups: the places along the one axis that talk to each other, equally many in each; None is all of them.
     """
 
-    axes: tuple[str, ...]
+    axes: Sequence[str]
     groups: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "axes", tuple(self.axes))
 
     @property
     def size(self) -> int:
@@ -36,34 +40,34 @@ class Peers:
         return lax.all_to_all(x, split_axis=0, concat_axis=0, tiled=True, **self.where)
 
 
-def axis_size(axes: tuple[str, ...]) -> int:
+def axis_size(axes: Sequence[str]) -> int:
     """The product of the axes' sizes.
 
     Raises:
         ValueError: an axis is not bound by an enclosing `shard_map`.
     """
     try:
-        return lax.axis_size(axes)
+        return lax.axis_size(tuple(axes))
     except NameError as error:
         raise ValueError(f"axis {axes} is not bound: expected to be called inside jax.shard_map over it") from error
 
 
-def is_bound(axes: tuple[str, ...]) -> bool:
+def is_bound(axes: Sequence[str]) -> bool:
     """Whether an enclosing `shard_map` binds all of the axes, of which there is at least one."""
     try:
-        return bool(axes) and lax.axis_size(axes) > 0
+        return bool(axes) and lax.axis_size(tuple(axes)) > 0
     except NameError:
         return False
 
 
 def topology_of(config: MoEConfig) -> Topology:
-    """The devices of `expert_axes` and their nodes.
+    """The devices of `expert_axes` and their nodes; one device where there are no axes.
 
     Raises:
-        ValueError: no axes, or unbound ones; experts or devices that do not divide.
+        ValueError: unbound axes; experts or devices that do not divide.
     """
     if not config.expert_axes:
-        raise ValueError("expert_axes must name the mesh axes of the exchange, got none")
+        return Topology(1, 1)
     topology = Topology.of_axes([axis_size((axis,)) for axis in config.expert_axes], config.node_size)
     if config.num_experts % topology.num_devices:
         raise ValueError(
@@ -81,7 +85,7 @@ def device_index(config: MoEConfig) -> Int[Array, ""]:
 def inside(config: MoEConfig, topology: Topology) -> Peers:
     """The devices of the own node."""
     if len(config.expert_axes) > 1:
-        return Peers(tuple(config.expert_axes[1:]))
+        return Peers(config.expert_axes[1:])
     size = topology.devices_per_node
     return _grouped(config, tuple(tuple(range(n * size, (n + 1) * size)) for n in range(topology.num_nodes)))
 
@@ -89,13 +93,13 @@ def inside(config: MoEConfig, topology: Topology) -> Peers:
 def across(config: MoEConfig, topology: Topology) -> Peers:
     """The device with the own index inside its node, of every node (the 'rail')."""
     if len(config.expert_axes) > 1:
-        return Peers(tuple(config.expert_axes[:1]))
+        return Peers(config.expert_axes[:1])
     size = topology.devices_per_node
     return _grouped(config, tuple(tuple(range(i, topology.num_devices, size)) for i in range(size)))
 
 
 def _grouped(config: MoEConfig, groups: tuple[tuple[int, ...], ...]) -> Peers:
-    return Peers(tuple(config.expert_axes), groups if len(groups) > 1 else None)
+    return Peers(config.expert_axes, groups if len(groups) > 1 else None)
 
 
 def receive_rows(

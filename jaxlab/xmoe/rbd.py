@@ -25,6 +25,7 @@ from jaxlab.xmoe.exchange import (
     exchange,
     fitting,
     regrouping,
+    rows_abroad,
     segment_of,
     starts_of,
 )
@@ -115,7 +116,7 @@ def rbd_plan(
     if cfg.pilot == "rail":
         if device is None:
             device = device_index(cfg) if is_bound(cfg.expert_axes) else 0
-        local = device % topology.devices_per_node == jnp.arange(topology.devices_per_node)
+        local = jnp.arange(topology.devices_per_node) == device % topology.devices_per_node
         pilot_sizes = jnp.where(local, pilot_sizes[:, None], 0).reshape(-1)
         lists = pft.tokens_per_expert.reshape(nodes, 1, per_node)
         list_sizes = jnp.where(local[:, None], lists, 0).reshape(devices, per_node)
@@ -132,17 +133,15 @@ def rbd_plan(
 def _pilots(node: Int[Array, "s k"], pilot: str, key: Array | None) -> Int[Array, "s k"]:
     """Of each slot, which of its token's slots is the pilot of its node."""
     k = node.shape[1]
-    rank = jnp.arange(k, dtype=jnp.uint32)
-    if pilot == "random":  # the least of random numbers; their last bits are the slot's index
-        bits = (k - 1).bit_length()
-        rank = (jax.random.bits(key, node.shape, jnp.uint32) >> bits << bits) | rank
-    rank = jnp.broadcast_to(rank, node.shape)
+    index_bits = 0
+    rank = jnp.broadcast_to(jnp.arange(k, dtype=jnp.uint32), node.shape)
+    if key is not None and pilot == "random":  # the least of random numbers, whose last bits are the slot's index
+        index_bits = (k - 1).bit_length()
+        rank = (jax.random.bits(key, node.shape, jnp.uint32) >> index_bits << index_bits) | rank
     best = jnp.full(node.shape, jnp.iinfo(jnp.uint32).max)
     for j in range(k):  # [s, k, k] is never stored
         best = jnp.where(node == node[:, j, None], jnp.minimum(best, rank[:, j, None]), best)
-    if pilot == "random":
-        best = best & ((1 << bits) - 1)
-    return best.astype(jnp.int32)
+    return (best & ((1 << index_bits) - 1) if index_bits else best).astype(jnp.int32)
 
 
 def _sorted(bucket: Int[Array, " n"], buckets: int) -> tuple[Int[Array, " n"], Int[Array, " b"]]:
@@ -260,13 +259,9 @@ def rbd_dispatch(
     inner = inside(cfg, topology)
     counts = jnp.sum(kept, 0).reshape(topology.devices_per_node, -1)
     out_rows = receive_rows(cfg, tokens, capacity, topology.num_devices, counts.shape[1])
-    received, sizes, lost_inside, delivery = deliver(
-        copies, counts, inner, out_rows=out_rows, implementation=how, kernels=kernels
-    )
+    received, sizes, lost_inside, delivery = deliver(copies, counts, inner, out_rows, cfg)
     lost = lost + jnp.sum(arriving - kept) + lost_inside
-    here = device_index(cfg) // topology.devices_per_node
-    nodes = jnp.arange(senders, dtype=jnp.int32) * topology.num_nodes // senders
-    abroad = jnp.sum(jnp.where(nodes == here, 0, splits.send_sizes))
+    abroad = rows_abroad(splits, cfg, topology)
     return RBDRows(received, sizes, lost, abroad, splits, notes[:, :k], inv, slots, handed, delivery)
 
 
@@ -282,14 +277,7 @@ def rbd_combine(y: Float[Array, "r h"], sent: RBDRows, plan: RBDPlan, cfg: MoECo
     topology = topology_of(cfg)
     outer = _stage_one(cfg, topology)[0]
     kernels, how = cfg.kernel_implementation, cfg.exchange_implementation
-    handed_on = bring_back(
-        y,
-        sent.delivery,
-        inside(cfg, topology),
-        sent_rows=sent.slots.shape[0],
-        implementation=how,
-        kernels=kernels,
-    )
+    handed_on = bring_back(y, sent.delivery, inside(cfg, topology), sent.slots.shape[0], cfg)
     sums = token_combine(handed_on, sent.weights, sent.inv, sent.slots, sent.handed, implementation=kernels)
     home = exchange(sums, sent.pilots.reversed(), outer, plan.slots.shape[0], how)
     ones = jnp.ones(plan.is_pilot.shape, jnp.float32)
@@ -299,7 +287,7 @@ def rbd_combine(y: Float[Array, "r h"], sent: RBDRows, plan: RBDPlan, cfg: MoECo
 def _stage_one(cfg, topology):
     """The peers of stage 1, how many they are, and the part of an array over all devices that concerns them."""
     if cfg.pilot != "rail":
-        return Peers(tuple(cfg.expert_axes)), topology.num_devices, lambda array: array
+        return Peers(cfg.expert_axes), topology.num_devices, lambda array: array
     shape = (topology.num_nodes, topology.devices_per_node)
     return across(cfg, topology), topology.num_nodes, lambda array: jnp.sum(array.reshape(*shape, *array.shape[1:]), 1)
 

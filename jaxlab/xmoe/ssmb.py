@@ -1,4 +1,4 @@
-"""Sequence-sharded MoE blocks (SSMB): tensor-parallel ranks, which hold the same tokens, take a part each (section 2.6).
+"""Sequence-sharded MoE blocks (SSMB): tensor-parallel ranks, holding the same tokens, take a part each (section 2.6).
 
 Both directions are plain transposes of each other under `shard_map`'s vma checks, so gradients need no scaling: that of
 a slice is the sum over ranks of zero-padded parts, that of a gather to an unvarying result is the own slice.
