@@ -66,7 +66,7 @@ class Linear(nn.Module):
         # Two flat matrices: XLA's CPU backend multiplies these without a copy, and the kernel's gradient, too. Under a
         # mesh the batch and sequence axes may be split, so there they stay apart.
         rows = (math.prod(lead),) if jax.sharding.get_abstract_mesh().empty else lead
-        y = _product(x.reshape(*rows, fan_in), kernel.reshape(fan_in, fan_out), dtype, out_dtype)
+        y = _product(x, kernel, (*rows, fan_in), (fan_in, fan_out), dtype, out_dtype)
         return self._biased(y.reshape(*lead, *self.features))
 
     def _biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -77,7 +77,16 @@ class Linear(nn.Module):
 
 
 # Checkpointed: the backward pass keeps the arguments as they are and casts them again. The product is not repeated.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
-def _product(x: Float[Array, "*rows k"], kernel: Float[Array, "k n"], dtype: DTypeLike, out_dtype: DTypeLike) -> Array:
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), contract, preferred_element_type=out_dtype)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3, 4, 5))
+def _product(
+    x: Float[Array, "..."],
+    kernel: Float[Array, "..."],
+    rows: tuple[int, ...],
+    columns: tuple[int, int],
+    dtype: DTypeLike,
+    out_dtype: DTypeLike,
+) -> Float[Array, "..."]:
+    """x reshaped to `rows` times the kernel reshaped to `columns`, both in `dtype`."""
+    contract = (((len(rows) - 1,), (0,)), ((), ()))
+    x, kernel = x.astype(dtype).reshape(rows), kernel.astype(dtype).reshape(columns)
+    return jax.lax.dot_general(x, kernel, contract, preferred_element_type=out_dtype)
