@@ -86,7 +86,7 @@ def _product(
     dtype: DTypeLike,
     out_dtype: DTypeLike,
 ) -> Float[Array, "..."]:
-    """x reshaped to `rows` times the kernel reshaped to `columns`, both in `dtype`."""
+    """The product of x, reshaped to `rows`, and the kernel, reshaped to `columns`, both in `dtype`."""
     contract = (((len(rows) - 1,), (0,)), ((), ()))
     x, kernel = x.astype(dtype).reshape(rows), kernel.astype(dtype).reshape(columns)
     return jax.lax.dot_general(x, kernel, contract, preferred_element_type=out_dtype)
