@@ -16,11 +16,11 @@ from flax import linen as nn
 from jaxlab import core
 from jaxlab.core import plan as planning
 from jaxlab.models import cost
-from jaxlab.models.decoder import Decoder, DecoderConfig
+from jaxlab.models.decoder import Decoder, DecoderConfig, MoEPolicy
 from jaxlab.training.adamw import OptimizerConfig, optimizer
 from jaxlab.training.loop import fit
 from jaxlab.training.loss import LMLoss, lm_loss, perplexity
-from jaxlab.training.sharding import batch_sharding, gradient_shardings, state_shardings
+from jaxlab.training.sharding import batch_sharding, expert_policy, gradient_shardings, state_shardings
 from jaxlab.training.step import TrainState, make_train_step, update_function
 from jaxlab.training.text import TextBatches, TokenBatch, text_batches
 
@@ -40,6 +40,7 @@ class TrainConfig:
         optimizer: AdamW and its schedule, which spans `steps` unless it says otherwise.
         mesh: Axis sizes as in `make_mesh`; empty: one device, or all of them along `data` when there are several
             processes.
+        moe: How sparse layers run. Expert axes that it does not name are the mesh's (`node`, `expert`, and `tp_axis`).
         aux_loss_coef: Weight of the load-balancing loss of sparse layers (X-MoE's scripts).
         z_loss_coef: Weight of their z-loss.
         shard_optimizer: ZeRO-1 on a mesh: each data-parallel rank keeps its part of the optimiser's moments only.
@@ -57,6 +58,7 @@ class TrainConfig:
     seed: int = 0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    moe: MoEPolicy = dataclasses.field(default_factory=MoEPolicy)
     aux_loss_coef: int | float = 0.01
     z_loss_coef: int | float = 0.0
     shard_optimizer: bool = False
@@ -96,7 +98,7 @@ def _mesh(config: TrainConfig) -> jax.sharding.Mesh | None:
 
 def _network(config: TrainConfig, mesh: jax.sharding.Mesh | None) -> tuple[Decoder, LMLoss]:
     """The decoder as it runs on the mesh, and its loss."""
-    model = Decoder(config.model)
+    model = Decoder(config.model, mlp=expert_policy(config.moe, mesh))
     return model, lm_loss(model, aux_loss_coef=config.aux_loss_coef, z_loss_coef=config.z_loss_coef)
 
 
@@ -134,11 +136,15 @@ def _batches(config: TrainConfig, tokenizer: Any, split: str, mesh: jax.sharding
     return batches
 
 
+_ROUTING = ("drop_policy", "capacity_factor", "eval_capacity_factor", "min_capacity", "jitter_eps")
+
+
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What of a config decides the numbers."""
+    """What of a config decides the numbers: of `moe` what is dropped, not which device computes what."""
     plain = core.to_dict(config)
     mine = {name: plain[name] for name in (field.name for field in dataclasses.fields(TrainConfig))}
     mine["optimizer"].pop("steps")  # follows `steps`
+    mine["moe"] = {name: mine["moe"][name] for name in _ROUTING}
     return mine
 
 

@@ -1,5 +1,6 @@
 """Where a training state and its batches lie on a mesh."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxlab import core
+from jaxlab.models.decoder import MoEPolicy
 
 BATCH_AXES = ("data", "fsdp", "node", "expert")
 """Mesh axes that share out the rows of a batch: the ranks of expert parallelism are data parallel in dense blocks."""
@@ -32,6 +34,18 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     if shape[0] % shards:
         raise ValueError(f"batch_size: expected a multiple of {shards} (mesh axes {', '.join(axes)}), got {shape[0]}")
     return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def expert_policy(policy: MoEPolicy, mesh: Mesh | None) -> MoEPolicy:
+    """The policy as it runs on a mesh: where it names no expert axes they are `node` and `expert`, then its `tp_axis`.
+
+    A policy that names its axes stays as it is, and so does `local`, under which tokens stay and weights are gathered.
+    """
+    if mesh is None or policy.expert_axes or policy.dispatch == "local":
+        return policy
+    return dataclasses.replace(
+        policy, expert_axes=tuple(axis for axis in ("node", "expert", policy.tp_axis) if axis in mesh.shape)
+    )
 
 
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:

@@ -1,4 +1,6 @@
-"""Training on 8 devices: data 2 x fsdp 2 x tensor 2, in one process or two."""
+"""Training on 8 devices, dense over data, fsdp and tensor axes, sparse over node and expert; in one process or two."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,10 @@ from jax.experimental.multihost_utils import process_allgather, sync_global_devi
 from jax.sharding import PartitionSpec
 
 from jaxlab import core
-from jaxlab.models.decoder import Decoder, init_params
+from jaxlab.models.decoder import Decoder, MoEPolicy, MoESpec, init_params
 from jaxlab.training import OptimizerConfig, TrainState, fit, lm_loss, make_train_step, optimizer, perplexity
 from jaxlab.training import text_batches as make_batches
-from jaxlab.training.sharding import place_state, state_shardings
+from jaxlab.training.sharding import expert_policy, place_state, state_shardings
 from tests.training import toys
 
 _MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -76,6 +78,25 @@ def case_steps_equal_one_device_and_resume(folder):
     assert checkpointer.latest() == 2
     resumed = fit(start, step, batches(mesh), steps=4, checkpointer=checkpointer)
     _assert_close(resumed.params, alone.params)
+
+
+def case_expert_parallel_steps_equal_one_device(folder):
+    """Experts over two nodes of four: RBD's exchange crosses the processes."""
+    mesh = core.make_mesh({"node": 2, "expert": 4})
+    config = dataclasses.replace(
+        toys.MODEL, model_type="olmoe", num_hidden_layers=1, moe=MoESpec(8, 3, 8), qk_norm="full"
+    )
+    tx = optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-3))
+    losses = []
+    for where in (None, mesh):
+        policy = expert_policy(MoEPolicy(dispatch="local" if where is None else "rbd"), where)
+        loss = lm_loss(Decoder(config, mlp=policy), aux_loss_coef=0.0)
+        state = TrainState.create(init_params(Decoder(config), jax.random.key(0)), tx, jax.random.key(1))
+        step = make_train_step(loss, tx, mesh=where)
+        for seed in range(3):
+            state, metrics = step(state, toys.batch(seed))
+            losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[3:], losses[:3], rtol=1e-5)
 
 
 def _take(batches, count):
