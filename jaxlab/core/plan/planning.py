@@ -213,8 +213,18 @@ def _compile(lowered: Any, target: Target) -> tuple[Any, list[str]]:
         # A program for absent devices cannot be read back from JAX's persistent cache, and XLA writes PTX only when it
         # compiles; the pattern is part of the cache key, so a unique one is never found there.
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": f"ptx|{uuid.uuid4().hex}"}
-        compiled = lowered.compile(compiler_options=options)
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            # XLA may fail to tile a matrix product for its own Triton generator where no device can be tried; the
+            # products then go to cuBLAS, as they would where they are faster there.
+            if _UNTILED not in str(error):
+                raise
+            compiled = lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
         return compiled, [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
+
+
+_UNTILED = "Couldn't find output tile sizes"
 
 
 _lock = threading.RLock()
