@@ -1,6 +1,7 @@
 """The experts' matrices, and what every way of dispatching returns."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,10 @@ class Routed(NamedTuple):
     y: Array
     dropped_recv: Array
     inter_node_rows: Array
+
+
+ExpertFunction = Callable[[Array, Experts, Array, MoEConfig], Array]
+"""rows `[M,H]` that lie expert after expert, the experts, rows of each, the layer -> `[M,H]`."""
 
 
 def act(x: Float[Array, "..."], activation: str) -> Float[Array, "..."]:
