@@ -1,6 +1,7 @@
 """Expert-parallel training on 8 devices gives one device's losses; its checkpoints go on wherever they are restored."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -24,11 +25,11 @@ def _loss(mesh=None, aux=0.0, **policy):
     return lm_loss(Decoder(MODEL, mlp=expert_policy(MoEPolicy(**policy), mesh)), aux_loss_coef=aux)
 
 
-def _state(mesh=None, loss=None):
+def _state(mesh=None):
     state = TrainState.create(init_params(Decoder(MODEL), jax.random.key(0)), TX, jax.random.key(1))
     if mesh is None:
         return state
-    return place_state(state, state_shardings(state, TX, mesh, loss.abstract_params(), shard_optimizer=True))
+    return place_state(state, state_shardings(state, TX, mesh, _loss().abstract_params(), shard_optimizer=True))
 
 
 def _run(step, state, seeds):
@@ -43,18 +44,22 @@ def _losses(rows):
     return [row["loss"] for row in rows]
 
 
+@functools.cache
+def _step(dispatch, mesh=None):
+    """A step that several tests use, compiled once."""
+    return make_train_step(_loss(mesh, dispatch=dispatch), TX, mesh=mesh, shard_optimizer=mesh is not None)
+
+
 @pytest.fixture(scope="module")
 def alone():
     """Four steps on one device: the state after them, and their metrics."""
-    return _run(make_train_step(_loss(), TX), _state(), range(4))
+    return _run(_step("local"), _state(), range(4))
 
 
 @pytest.mark.parametrize("dispatch", ["local", "pft", pytest.param("rbd", marks=pytest.mark.latest)])
 def test_eight_devices_give_the_losses_of_one(dispatch, alone):
     mesh = core.make_mesh(MESH)
-    loss = _loss(mesh, dispatch=dispatch)
-    step = make_train_step(loss, TX, mesh=mesh, shard_optimizer=True)
-    state, rows = _run(step, _state(mesh, loss), range(4))
+    state, rows = _run(_step(dispatch, mesh), _state(mesh), range(4))
     np.testing.assert_allclose(_losses(rows), _losses(alone[1]), rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), state.params, alone[0].params)
     np.testing.assert_allclose(rows[-1]["expert_load_max"], alone[1][-1]["expert_load_max"], rtol=1e-5)
@@ -67,10 +72,10 @@ def test_the_balance_loss_is_the_mean_of_the_devices_own():
     mesh = core.make_mesh(MESH)
     batch = toys.batch().replace(weights=np.ones((8, 12), np.float32))
     together, apart = (
-        make_train_step(_loss(mesh, aux=1.0, dispatch="pft"), TX, mesh=mesh),
+        make_train_step(_loss(mesh, aux=1.0, dispatch="pft"), TX, mesh=mesh, shard_optimizer=True),
         make_train_step(_loss(aux=1.0), TX, accumulate=8),
     )
-    (_, got), (_, want) = together(_state(mesh, _loss()), batch), apart(_state(), batch)
+    (_, got), (_, want) = together(_state(mesh), batch), apart(_state(), batch)
     for name in ("loss", "grad_norm", "aux_loss"):
         np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
     assert float(got["aux_loss"]) > 1
@@ -79,20 +84,18 @@ def test_the_balance_loss_is_the_mean_of_the_devices_own():
 def test_a_checkpoint_of_eight_goes_on_elsewhere(alone, tmp_path):
     """Saved under EP 8, restored under EP 2 and on one device: the same numbers, and the same losses from there."""
     mesh = core.make_mesh(MESH)
-    loss = _loss(mesh, dispatch="rbd")
-    saved, _ = _run(make_train_step(loss, TX, mesh=mesh, shard_optimizer=True), _state(mesh, loss), range(2))
+    saved, _ = _run(_step("rbd", mesh), _state(mesh), range(2))
     checkpointer = core.Checkpointer(tmp_path)
     checkpointer.save(2, saved)
 
     two = core.make_mesh({"expert": 2}, jax.devices()[:2])
-    for where, options in ((two, {"mesh": two, "shard_optimizer": True}), (None, {})):
-        loss = _loss(where, dispatch="local" if where is None else "pft")
-        restored, _ = checkpointer.restore(_state(where, loss))
+    for dispatch, where in (("pft", two), ("local", None)):
+        restored, _ = checkpointer.restore(_state(where))
         jax.tree.map(np.testing.assert_array_equal, restored.params, saved.params)
         jax.tree.map(np.testing.assert_array_equal, restored.opt_state, saved.opt_state)
         if where is not None:
             assert restored.params["blocks_0"]["mlp"]["down"].sharding.spec == PartitionSpec(None, "expert")
-        _, rows = _run(make_train_step(loss, TX, **options), restored, (2, 3))
+        _, rows = _run(_step(dispatch, where), restored, (2, 3))
         np.testing.assert_allclose(_losses(rows), _losses(alone[1])[2:], rtol=1e-5)
 
 
