@@ -7,6 +7,8 @@
 left for them hold 112..143. A literal encoder would turn an exact zero into 2^-15; here both mask bits are cleared.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,9 @@ __all__ = ["exponent_histogram", "pack_pair", "unpack"]
 
 LOWEST, HIGHEST = 112, 143
 """Biased exponents that a word can hold: magnitudes from 2^-15 to below 2^17."""
+
+# Values that are counted at a time: numpy's bincount wants 8 bytes of each.
+_CHUNK = 1 << 22
 
 
 def pack_pair(pair: MergedPair, *, underflow: str = "clamp", checked: bool = True) -> UInt16[Array, "*shape"]:
@@ -43,13 +48,18 @@ def pack_pair(pair: MergedPair, *, underflow: str = "clamp", checked: bool = Tru
     if checked:
         if isinstance(mag, jax.core.Tracer):
             raise ValueError("pack_pair cannot look at values inside a traced function: pass checked=False")
-        too_large = int(jnp.sum(exponents(mag) > HIGHEST))
+        too_large = int(_too_large(mag))
         if too_large:
             raise ValueError(
                 f"pair.mag must be finite and below 2^17 (biased exponent at most {HIGHEST}), "
                 f"got {too_large} of {mag.size} magnitudes that are not"
             )
-    bits = jax.lax.bitcast_convert_type(mag, jnp.uint16)
+    return _pack(pair, underflow)
+
+
+@functools.partial(jax.jit, static_argnames="underflow")
+def _pack(pair: MergedPair, underflow: str) -> Array:
+    bits = jax.lax.bitcast_convert_type(pair.mag, jnp.uint16)
     exponent, mantissa = bits >> 7 & 0xFF, bits & 0x7F
     if underflow == "clamp":
         stored = bits << 1 != 0
@@ -58,8 +68,13 @@ def pack_pair(pair: MergedPair, *, underflow: str = "clamp", checked: bool = Tru
         mantissa = jnp.where(exponent == LOWEST - 1, 0, mantissa)
     word = (jnp.clip(exponent, LOWEST, HIGHEST) - LOWEST) << 7 | mantissa
     for bit, flag in ((15, pair.sign_i), (14, pair.sign_j), (13, stored & pair.mask_i), (12, stored & pair.mask_j)):
-        word |= jnp.asarray(flag).astype(jnp.uint16) << bit
+        word |= flag.astype(jnp.uint16) << bit
     return word
+
+
+@jax.jit
+def _too_large(mag: Array) -> Array:
+    return jnp.sum(exponents(mag) > HIGHEST)
 
 
 def exponent_histogram(tree: PyTree) -> np.ndarray:
@@ -73,13 +88,10 @@ def exponent_histogram(tree: PyTree) -> np.ndarray:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"leaf {jax.tree_util.keystr(path)} must be floating, got {jnp.result_type(leaf)}")
         values = jnp.ravel(leaf)
-        for start in range(0, values.size, _CHUNK):  # bincount wants 8 bytes a value
+        for start in range(0, values.size, _CHUNK):
             part = exponents(values[start : start + _CHUNK].astype(jnp.bfloat16))
             counts += np.bincount(np.asarray(part), minlength=256)
     return counts
-
-
-_CHUNK = 1 << 22
 
 
 def exponents(x: Array) -> Array:

@@ -1,6 +1,7 @@
 """Two experts in one: a shared magnitude, and for each a mask and a sign (PuzzleMoE, arXiv:2511.04805, section 3).
 
-All of it is elementwise and in float32, so it commutes with any sharding, batching or slicing of the weights.
+All of it is elementwise and in float32, so it commutes with any sharding, batching or slicing of the weights. Each
+public function is one compiled program, in which nothing of the weights' size is stored in between.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ class MergedPair:
 
 
 def similarity_mask(
-    w_i: Float[ArrayLike, "*shape"], w_j: Float[ArrayLike, "*shape"], tau: float = 0.4
+    w_i: Float[ArrayLike, "*shape"], w_j: Float[ArrayLike, "*shape"], tau: float | Float[ArrayLike, ""] = 0.4
 ) -> Bool[Array, "*shape"]:
     """Where two weights are close enough in magnitude to share their mean: |a - b| <= tau (a + b), ties included.
 
@@ -49,8 +50,8 @@ def similarity_mask(
         ValueError: the shapes differ, or tau is outside [0, 1].
         TypeError: weights of integers or of 8 bits.
     """
-    a, b = (jnp.abs(w) for w in _as_float32(w_i, w_j))
-    return _similar(a, b, tau)
+    _check(w_i, w_j, tau)
+    return _similar(w_i, w_j, _single(tau))
 
 
 def dual_mask_merge(
@@ -59,7 +60,7 @@ def dual_mask_merge(
     n_i: Float[ArrayLike, " k"] | None = None,
     n_j: Float[ArrayLike, " k"] | None = None,
     *,
-    tau: float = 0.4,
+    tau: float | Float[ArrayLike, ""] = 0.4,
     axis: int = -2,
 ) -> MergedPair:
     """Merges the weights of two experts (arXiv:2511.04805, section 3.2).
@@ -80,13 +81,17 @@ def dual_mask_merge(
             is outside [0, 1].
         TypeError: weights of integers or of 8 bits.
     """
-    w_i, w_j = _as_float32(w_i, w_j)
-    a, b = jnp.abs(w_i), jnp.abs(w_j)
-    similar = _similar(a, b, tau)
-    # a * n_i >= b * n_j: a tie goes to i.
-    salient = _scaled(a, n_i, "n_i", axis) >= _scaled(b, n_j, "n_j", axis)
-    mag = jnp.where(similar, (a + b) / 2, jnp.where(salient, a, b))
-    return MergedPair(mag.astype(jnp.bfloat16), salient | similar, ~salient | similar, w_i < 0, w_j < 0)
+    _check(w_i, w_j, tau)
+    return _merge(w_i, w_j, *(_column(*norm, w_i, axis) for norm in (("n_i", n_i), ("n_j", n_j))), _single(tau))
+
+
+@jax.jit
+def _merge(w_i: Array, w_j: Array, scale_i: Array | None, scale_j: Array | None, tau: Array) -> MergedPair:
+    a, b = _magnitudes(w_i, w_j)
+    similar = _similar(w_i, w_j, tau)
+    first = (a if scale_i is None else a * scale_i) >= (b if scale_j is None else b * scale_j)  # a tie goes to i
+    mag = jnp.where(similar, (a + b) / 2, jnp.where(first, a, b))
+    return MergedPair(mag.astype(jnp.bfloat16), first | similar, ~first | similar, w_i < 0, w_j < 0)
 
 
 def reconstruct(pair: MergedPair, pos: int | Integer[ArrayLike, "*n"]) -> Float[Array, "*shape"]:
@@ -100,6 +105,11 @@ def reconstruct(pair: MergedPair, pos: int | Integer[ArrayLike, "*n"]) -> Float[
         ValueError: a concrete `pos` that is neither 0 nor 1.
     """
     check_pos(pos)
+    return _reconstruct(pair, pos)
+
+
+@jax.jit
+def _reconstruct(pair: MergedPair, pos: Array) -> Array:
     mask, sign = jnp.where(pos == 0, pair.mask_i, pair.mask_j), jnp.where(pos == 0, pair.sign_i, pair.sign_j)
     used = mask & (pair.mag != 0)  # a zero has no sign, as in packed words
     return jnp.where(used, jnp.where(sign, -pair.mag, pair.mag), jnp.zeros_like(pair.mag))
@@ -118,33 +128,41 @@ def check_weights(name: str, weights: Any) -> None:
         raise TypeError(f"{name} must be floating with 16 bits or more (de-quantise it first), got {dtype}")
 
 
-def _as_float32(w_i: ArrayLike, w_j: ArrayLike) -> tuple[Array, Array]:
+def _check(w_i: ArrayLike, w_j: ArrayLike, tau: Any) -> None:
     check_weights("w_i", w_i)
     check_weights("w_j", w_j)
     if w_i.shape != w_j.shape:
         raise ValueError(f"w_i and w_j must have one shape, got {w_i.shape} and {w_j.shape}")
-    return jnp.asarray(w_i).astype(jnp.float32), jnp.asarray(w_j).astype(jnp.float32)
-
-
-def _similar(a: Array, b: Array, tau: float) -> Array:
-    # As a product there is no 0/0. tau is float32: against a float64 0.4 every tie (a/b = 7/3) would fall out.
     if not isinstance(tau, jax.core.Tracer):
         check_tau(tau)
-    return jnp.abs(a - b) <= jnp.asarray(tau, jnp.float32) * (a + b)
 
 
-def _scaled(magnitude: Array, norm: ArrayLike | None, name: str, axis: int) -> Array:
+def _single(tau: Any) -> Array:
+    """Tau in float32: against a float64 0.4 every tie (a/b = 7/3) would fall out."""
+    return jnp.asarray(tau, jnp.float32)
+
+
+@jax.jit
+def _similar(w_i: Array, w_j: Array, tau: Array) -> Array:
+    a, b = _magnitudes(w_i, w_j)
+    return jnp.abs(a - b) <= tau * (a + b)  # as a product there is no 0/0
+
+
+def _magnitudes(w_i: Array, w_j: Array) -> tuple[Array, Array]:
+    return jnp.abs(w_i.astype(jnp.float32)), jnp.abs(w_j.astype(jnp.float32))
+
+
+def _column(name: str, norm: ArrayLike | None, weights: ArrayLike, axis: int) -> Array | None:
+    """A norm in float32, shaped to multiply the weights along their input axis."""
     if norm is None:
-        return magnitude
-    if not -magnitude.ndim <= axis < magnitude.ndim:
-        raise ValueError(f"axis {axis} is not one of weights of shape {magnitude.shape}")
-    if norm.shape != (magnitude.shape[axis],):
-        raise ValueError(
-            f"{name} must have shape ({magnitude.shape[axis]},), axis {axis} of the weights, got {norm.shape}"
-        )
+        return None
+    if not -weights.ndim <= axis < weights.ndim:
+        raise ValueError(f"axis {axis} is not one of weights of shape {weights.shape}")
+    size = weights.shape[axis]
+    if norm.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), axis {axis} of the weights, got {norm.shape}")
     check_norms(name, norm)
-    after = magnitude.ndim - 1 - axis % magnitude.ndim
-    return magnitude * jnp.asarray(norm, jnp.float32).reshape(-1, *[1] * after)
+    return jnp.asarray(norm, jnp.float32).reshape(-1, *[1] * (weights.ndim - 1 - axis % weights.ndim))
 
 
 def check_norms(name: str, norms: Any) -> None:

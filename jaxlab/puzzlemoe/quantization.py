@@ -5,14 +5,16 @@ magnitudes are not negative. Five trits make a byte (3^5 = 243), so that a posit
 2 + 1.6 + bits + 16 / group_size bits, and a weight half of that.
 """
 
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
-from jaxlab.puzzlemoe.merging import ArrayLike, MergedPair, reconstruct
+from jaxlab.puzzlemoe.merging import ArrayLike, MergedPair, check_pos, reconstruct
 
 _TRITS = 5
 _ONLY_I, _ONLY_J, _BOTH = 0, 1, 2
@@ -66,7 +68,12 @@ def quantize_pair(pair: MergedPair, *, bits: int = 3, group_size: int = 128, axi
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     if not -mag.ndim <= axis < mag.ndim:
         raise ValueError(f"axis {axis} is not one of weights of shape {mag.shape}")
-    top = 2**bits - 1
+    return _quantize(pair, bits, group_size, axis)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "axis"))
+def _quantize(pair: MergedPair, bits: int, group_size: int, axis: int) -> QuantizedPair:
+    top, mag = 2**bits - 1, jnp.asarray(pair.mag)
     mask_i, mask_j = jnp.asarray(pair.mask_i), jnp.asarray(pair.mask_j)
     # A position that neither uses has no trit of its own: it is a zero of both.
     m = jnp.where(mask_i | mask_j, mag, 0).astype(jnp.float32)
@@ -85,6 +92,12 @@ def dequantize_pair(q: QuantizedPair, pos: int | Integer[ArrayLike, ""]) -> Floa
     Raises:
         ValueError: a concrete `pos` that is neither 0 nor 1.
     """
+    check_pos(pos)
+    return _dequantize(q, pos)
+
+
+@jax.jit
+def _dequantize(q: QuantizedPair, pos: Array) -> Array:
     size = math.prod(q.shape)
     *planes, sign_i, sign_j = (jnp.unpackbits(plane, count=size).reshape(q.shape) for plane in q.planes)
     level = sum(plane.astype(jnp.float32) * 2**bit for bit, plane in enumerate(reversed(planes)))

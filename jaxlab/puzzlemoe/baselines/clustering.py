@@ -56,7 +56,7 @@ def hc_labels(features: Float[ArrayLike, "n h"], num_groups: int, *, linkage: st
 def _distance(points: np.ndarray, apart: np.ndarray, a: list[int], b: list[int], linkage: str) -> float:
     if linkage == "ward":
         between = np.linalg.norm(points[a].mean(axis=0) - points[b].mean(axis=0))
-        return len(a) * len(b) / (len(a) + len(b)) * between
+        return float(len(a) * len(b) / (len(a) + len(b)) * between)
     reduce = {"average": np.mean, "single": np.min, "complete": np.max}[linkage]
     return float(reduce(apart[np.ix_(a, b)]))
 
