@@ -106,7 +106,8 @@ def exchange(
     x, *flat = vary_alike(x, *splits)
     if 0 in (*x.shape, out_rows):
         return zeros_alike((out_rows, x.shape[1]), x.dtype, x)
-    return _exchange(peers, x.shape[0], out_rows, implementation or _DEFAULT, x, Splits(*flat))
+    names = implementation or _default(x.shape[0], out_rows)
+    return _exchange(peers, x.shape[0], out_rows, names, x, Splits(*flat))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -120,6 +121,8 @@ def _exchange_forward(peers, in_rows, out_rows, implementation, x, splits):
 
 
 def _exchange_backward(peers, in_rows, out_rows, implementation, splits, grads):
+    if not isinstance(implementation, str):
+        implementation = _default(out_rows, in_rows)
     return _exchange(peers, out_rows, in_rows, implementation, grads, splits.reversed()), None
 
 
@@ -154,7 +157,11 @@ def _gather(x, splits, *, peers, out_rows):
 
 
 _TABLE = {"ragged": _ragged, "padded": _padded, "gather": _gather}
-_DEFAULT = ("ragged", "gather")
+
+
+def _default(in_rows: int, out_rows: int) -> tuple[str, str]:
+    """Of the two for CPUs, gathering copies least, unless it is the long receive buffers that are to be gathered."""
+    return "ragged", "gather" if in_rows <= out_rows else "padded"
 
 
 def _arrivals(splits, out_rows):
