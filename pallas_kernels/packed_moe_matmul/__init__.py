@@ -4,7 +4,7 @@ Two experts live in one `uint16` word a position: sign and mask bits of both, on
 
 >>> import jax.numpy as jnp
 >>> from pallas_kernels.packed_moe_matmul import packed_moe_matmul, unpack
->>> words = jnp.full((1, 2, 1), 0x6780, jnp.uint16)  # 0.5 for the first member, and masked for the second
+>>> words = jnp.full((1, 2, 1), 0x2700, jnp.uint16)  # 0.5 for the first member, and masked for the second
 >>> [float(unpack(words, pos)[0, 0, 0]) for pos in (0, 1)]
 [0.5, 0.0]
 >>> slot_of, pos_of = jnp.array([0, 0]), jnp.array([0, 1])

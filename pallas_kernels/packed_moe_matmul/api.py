@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Integer, UInt16
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
 from pallas_kernels.grouped_matmul.gating import ACTIVATIONS, gate_gradients
 from pallas_kernels.packed_moe_matmul import reference, triton, xla
-from pallas_kernels.packed_moe_matmul.bits import Slots, check_members, check_words, is_concrete
+from pallas_kernels.packed_moe_matmul.bits import AnyArray, Slots, check_members, check_words, is_concrete
 
 _OP = "packed_moe_matmul"
 _TABLE = {
@@ -22,15 +22,15 @@ _TABLE = {
 
 
 def packed_moe_matmul(
-    x: Float[Array, "m k"],
-    words: UInt16[Array, "s k n"],
-    group_sizes: Integer[Array, " e"],
-    slot_of: Integer[Array, " e"],
-    pos_of: Integer[Array, " e"],
+    x: Float[AnyArray, "m k"],
+    words: UInt16[AnyArray, "s k n"],
+    group_sizes: Integer[AnyArray, " e"],
+    slot_of: Integer[AnyArray, " e"],
+    pos_of: Integer[AnyArray, " e"],
     *,
-    words_up: UInt16[Array, "s k n"] | None = None,
-    dense: Float[Array, "r k n"] | None = None,
-    dense_up: Float[Array, "r k n"] | None = None,
+    words_up: UInt16[AnyArray, "s k n"] | None = None,
+    dense: Float[AnyArray, "r k n"] | None = None,
+    dense_up: Float[AnyArray, "r k n"] | None = None,
     act: str | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "m n"]:

@@ -15,13 +15,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int, Integer, UInt16
 
+AnyArray = Array | np.ndarray
+
 _MAGNITUDE = 0x0FFF
 _LOWEST_EXPONENT = 112
 _SIGN_BIT, _MASK_BIT = 15, 13  # of member 0; member 1 has the next lower ones
 
 
 def unpack(
-    words: UInt16[Array, "*shape"], pos: int | Integer[Array, "..."], dtype: DTypeLike = jnp.bfloat16
+    words: UInt16[AnyArray, "*shape"], pos: int | Integer[AnyArray, "..."], dtype: DTypeLike = jnp.bfloat16
 ) -> Float[Array, "..."]:
     """The weights of one member of every pair, exactly as they were packed.
 

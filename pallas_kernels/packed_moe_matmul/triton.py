@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from pallas_kernels.dispatch import output_like, vary_alike
+from pallas_kernels.dispatch import output_like
 from pallas_kernels.grouped_matmul.gating import activate
 from pallas_kernels.grouped_matmul.triton import Tiles
 from pallas_kernels.packed_moe_matmul.bits import Slots, decode, resolve
@@ -41,8 +41,10 @@ def rows_times_experts(
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
     """Row i of expert e gives `rows[i] @ matrix(e)` (or its transpose), or the gated product of two `weights`."""
-    if rows.dtype not in _DTYPES:
-        raise NotImplementedError(f"the Triton kernels take bfloat16, float16 and float32 rows, got {rows.dtype}")
+    given = [rows, *(slots.dense for slots in weights if slots.dense is not None)]
+    for array in given:
+        if array.dtype not in _DTYPES:
+            raise NotImplementedError(f"the Triton kernels take bfloat16, float16 and float32, got {array.dtype}")
     if interpret and jax.typeof(rows).manual_axis_type.varying:
         raise NotImplementedError("JAX interprets kernels under shard_map only with check_vma=False")
     (m, depth), experts = rows.shape, group_sizes.shape[0]
@@ -54,14 +56,13 @@ def rows_times_experts(
         kernel = functools.partial(_row_kernel, tiles=tiles, **settings)
         name = "packed_gated_gemv" if act else "packed_gemv"
     else:
-        common = jnp.promote_types(rows.dtype, jnp.bfloat16)
+        common = jnp.result_type(jnp.bfloat16, *given)
         found = _TILES[common.itemsize, len(weights)]
         tiles = tiles or _fit(found, rows=-(-m // experts), columns=n, depth=depth)
         # One unit for each tile of rows, one more for each expert that ends inside a tile, and the rows of none.
         units = pl.cdiv(m, tiles.rows) + experts
         kernel = functools.partial(_tile_kernel, transpose=transpose, tiles=tiles, common=common, **settings)
         name = "packed_gated_gmm" if act else "packed_gmm_transposed" if transpose else "packed_gmm"
-    slot_of, pos_of, poison = vary_alike(*resolve(slot_of, pos_of, weights[0].count))
     stacks = [stack for slots in weights for stack in slots if stack is not None]
     return pl.pallas_call(
         kernel,
@@ -70,20 +71,22 @@ def rows_times_experts(
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=name,
-    )(rows, *stacks, group_sizes, slot_of, pos_of, poison)
+    )(rows, *stacks, group_sizes, slot_of, pos_of)
 
 
 class _Refs:
     """The references of a kernel by what they are; and where the experts' rows lie, on registers."""
 
     def __init__(self, refs: Sequence[Any], gated: bool):
-        self.rows, *stacks, sizes, slots, members, poison, self.out = refs
+        self.rows, *stacks, sizes, slots, members, self.out = refs
         dense = len(stacks) == (4 if gated else 2)
         self.words = stacks[:: 2 if dense else 1]
         self.dense = stacks[1::2] if dense else []
         self.experts = sizes.shape[0]
         self.index = jnp.arange(_power_of_two(self.experts), dtype=jnp.int32)
-        self.sizes, self.slots, self.members, self.poison = map(self._per_expert, (sizes, slots, members, poison))
+        self.sizes, slots, members = map(self._per_expert, (sizes, slots, members))
+        count = self.words[0].shape[0] + (self.dense[0].shape[0] if dense else 0)
+        self.slots, self.members, self.poison = resolve(slots, members, count)
 
     def _per_expert(self, ref: Any) -> Array:
         """One value for each expert, padded with zeros to a power of two."""
@@ -242,12 +245,12 @@ def _load(ref: Any, where: tuple[Any, ...], *limits: tuple[Array, int]) -> Array
 _FEW_ROWS = 8
 # By bytes of an element and number of matrices; what the compiler makes of them is in docs/kernels.md.
 _TILES = {
-    (2, 1): Tiles(64, 128, 64, warps=4, stages=3),
-    (2, 2): Tiles(64, 64, 64, warps=4, stages=3),
-    (4, 1): Tiles(64, 64, 32, warps=4, stages=3),
-    (4, 2): Tiles(64, 32, 32, warps=4, stages=3),
+    (2, 1): Tiles(128, 128, 64, warps=8, stages=3),
+    (2, 2): Tiles(128, 64, 64, warps=8, stages=3),
+    (4, 1): Tiles(128, 64, 32, warps=8, stages=3),
+    (4, 2): Tiles(64, 64, 32, warps=4, stages=3),
 }
-_ROW_TILES = {1: Tiles(16, 64, 32, warps=4, stages=3), 2: Tiles(16, 64, 32, warps=4, stages=3)}
+_ROW_TILES = {1: Tiles(16, 64, 64, warps=4), 2: Tiles(16, 64, 32, warps=4)}
 
 
 def _fit(tiles: Tiles, *, rows: int, columns: int, depth: int) -> Tiles:

@@ -88,7 +88,7 @@ def rows_times_experts(
 
 
 def _product(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
-    """tile [r, k] @ matrix [k, n], block after block of the matrix's rows."""
+    """Tile [r, k] @ matrix [k, n], block after block of the matrix's rows."""
     k, n = slots.words.shape[1:]
     depth, blocks = _split(k, n, tile.shape[0])
 
@@ -103,7 +103,7 @@ def _product(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeL
 
 
 def _transposed_product(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
-    """tile [r, n] @ matrix.T [n, k], block after block of the result's columns."""
+    """Tile [r, n] @ matrix.T [n, k], block after block of the result's columns."""
     k, n = slots.words.shape[1:]
     depth, blocks = _split(k, n, tile.shape[0])
     tile = tile.astype(precise)
@@ -122,7 +122,8 @@ def _block(slots: Slots, slot: Array, pos: Array, at: Array, depth: int, precise
     packed, _, n = slots.words.shape
 
     def cut(stack, index):
-        return lax.dynamic_slice(stack, (index, at, 0), (1, depth, n))[0]
+        # 32 bits also where the loop counts in 64.
+        return lax.dynamic_slice(stack, (index, at.astype(jnp.int32), jnp.int32(0)), (1, depth, n))[0]
 
     if slots.dense is None:
         return decode(cut(slots.words, slot), pos, precise)

@@ -1,0 +1,489 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.packed_moe_matmul import packed_moe_matmul, reference, unpack
+from pallas_kernels.packed_moe_matmul.bits import Slots
+from tests.aot import needs_aot, needs_ptxas
+from tests.kernels import harness
+from tests.oracles import packed_moe_matmul as oracle
+
+IMPLEMENTATIONS = ("reference", "xla", "interpret")
+ALL_WORDS = np.arange(2**16, dtype=np.uint16)
+
+# Five experts: a pair, an expert alone in its slot (packed), and two in slots of their own (dense).
+SLOTS, MEMBERS = np.array([1, 0, 3, 0, 2], np.int32), np.array([0, 1, 0, 0, 0], np.int32)
+PACKED_SLOTS = np.array([1, 0, 2, 0, 2], np.int32)
+PACKED_MEMBERS = np.array([0, 1, 0, 0, 1], np.int32)
+
+
+def random_words(rng, *shape):
+    """Any sign and mask, magnitudes up to 2."""
+    return (rng.integers(0, 2**16, shape) & ~0x0800 | 0x0400).astype(np.uint16)
+
+
+def plain(x, words, sizes, slots, members, *, implementation):
+    return packed_moe_matmul(x, words, sizes, slots, members, implementation=implementation)
+
+
+def gated(x, words, up, dense, dense_up, sizes, slots, members, *, implementation, act="silu"):
+    more = {"words_up": up, "dense": dense, "dense_up": dense_up, "act": act}
+    return packed_moe_matmul(x, words, sizes, slots, members, implementation=implementation, **more)
+
+
+def gelu(*args, implementation):
+    return gated(*args, implementation=implementation, act="gelu")
+
+
+def _cleared(x):
+    return np.nan_to_num(x)
+
+
+def plain_oracle(x, words, sizes, slots, members):
+    return oracle.product(_cleared(x), oracle.matrices(words, None, slots, members), sizes)
+
+
+def plain_gradients(x, words, sizes, slots, members, cotangent):
+    return (oracle.gradient(oracle.matrices(words, None, slots, members), sizes, _cleared(cotangent)),)
+
+
+def gated_oracle(x, words, up, dense, dense_up, sizes, slots, members, act="silu"):
+    gate, up = oracle.matrices(words, dense, slots, members), oracle.matrices(up, dense_up, slots, members)
+    return oracle.gated_product(_cleared(x), gate, up, sizes, act)
+
+
+def gated_gradients(x, words, up, dense, dense_up, sizes, slots, members, cotangent, act="silu"):
+    gate, up = oracle.matrices(words, dense, slots, members), oracle.matrices(up, dense_up, slots, members)
+    return (oracle.gated_gradient(_cleared(x), gate, up, sizes, act, _cleared(cotangent)),)
+
+
+OPS = {
+    plain: (plain_oracle, plain_gradients),
+    gated: (gated_oracle, gated_gradients),
+    gelu: (functools.partial(gated_oracle, act="gelu"), functools.partial(gated_gradients, act="gelu")),
+}
+
+
+def case(name, op, m, k, n, sizes):
+    def make(rng):
+        # Scaled so that gates stay near one.
+        x, cotangent = rng.normal(size=(m, k)) / k**0.5, rng.normal(size=(m, n))
+        for array in (x, cotangent):  # What rows of no expert hold must not matter.
+            array[sum(sizes) :] = np.nan
+        sizes_ = np.asarray(sizes, np.int32)
+        if op is plain:
+            return (x, random_words(rng, 3, k, n), sizes_, PACKED_SLOTS, PACKED_MEMBERS), cotangent
+        words, up = random_words(rng, 2, 2, k, n)
+        dense, dense_up = rng.normal(size=(2, 2, k, n))
+        return (x, words, up, dense, dense_up, sizes_, SLOTS, MEMBERS), cotangent
+
+    return op, harness.Case(name, make, max(k, n))
+
+
+# Few shapes, many group sizes: a shape is compiled once. Seven rows are few: they take the decode kernel.
+CASES = [
+    case("plain", plain, 45, 24, 20, (10, 0, 18, 7, 10)),
+    case("plain tail", plain, 45, 24, 20, (5, 9, 0, 3, 0)),
+    case("plain all empty", plain, 45, 24, 20, (0, 0, 0, 0, 0)),
+    case("plain one has all", plain, 45, 24, 20, (0, 45, 0, 0, 0)),
+    case("gated", gated, 45, 24, 20, (10, 0, 18, 7, 10)),
+    case("gated tail", gated, 45, 24, 20, (5, 9, 1, 3, 0)),
+    case("plain, few rows, both of a pair", plain, 7, 24, 20, (1, 1, 2, 1, 1)),
+    case("plain, few rows, uneven pair", plain, 7, 24, 20, (0, 2, 0, 4, 0)),
+    case("gated, few rows, both of a pair", gated, 7, 24, 20, (1, 1, 2, 2, 1)),
+    case("gated, few rows, one of a pair", gated, 7, 24, 20, (1, 2, 0, 0, 1)),
+    case("gelu, few rows", gelu, 7, 24, 20, (1, 0, 3, 2, 0)),
+    case("one element", plain, 1, 1, 1, (0, 0, 0, 1, 0)),
+    case("several tiles", plain, 150, 150, 70, (131, 1, 0, 17, 0)),
+]
+IN_BFLOAT16 = (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("one", "dtype"),
+    [(one, jnp.float32) for one in CASES] + [(CASES[index], jnp.bfloat16) for index in IN_BFLOAT16],
+    ids=lambda value: value[1].name if isinstance(value, tuple) else jnp.dtype(value).name,
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_value_and_gradient(one, implementation, dtype):
+    op, inputs = one
+    value, gradients = OPS[op]
+    harness.check(op, inputs, implementation, dtype, oracle=value, gradients=gradients, differentiate=(0,))
+
+
+@pytest.mark.latest
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize("index", [4, 8])
+def test_representative_cases(index, implementation):
+    test_value_and_gradient(CASES[index], implementation, jnp.float32)
+
+
+@pytest.mark.parametrize("pos", [0, 1])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_every_word(pos, dtype):
+    want = oracle.unpack(ALL_WORDS, pos)
+    for got in (unpack(ALL_WORDS, pos, dtype), jax.jit(unpack, static_argnums=2)(ALL_WORDS, pos, dtype)):
+        assert got.dtype == dtype
+        got = np.asarray(got, np.float64)
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(np.signbit(got), want < 0)  # no negative zero
+
+
+@pytest.mark.parametrize(("implementation", "rows"), [("xla", 128), ("interpret", 128), ("interpret", 8)])
+def test_every_word_within_the_products(implementation, rows):
+    # Rows of the identity times a matrix are the matrix: nothing is rounded.
+    words = ALL_WORDS.reshape(1, rows, -1)
+    run = jax.jit(functools.partial(packed_moe_matmul, implementation=implementation))
+    for pos in (0, 1):
+        sizes = np.array([rows, 0]) if pos == 0 else np.array([0, rows])
+        got = run(jnp.eye(rows), words, sizes, np.zeros(2, np.int32), np.arange(2))
+        np.testing.assert_array_equal(got, oracle.unpack(words[0], pos))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@settings(max_examples=12, deadline=None)
+@given(cuts=st.lists(st.integers(0, 6), min_size=4, max_size=4), seed=st.integers(0, 99), twins=st.booleans())
+def test_any_sizes_and_addresses(implementation, cuts, seed, twins):
+    rng = np.random.default_rng(seed)
+    sizes = np.diff(np.sort(cuts), prepend=0).astype(np.int32)
+    # Any two experts may share a slot, also with the same member.
+    places = rng.permutation(4) if not twins else rng.integers(0, 4, 4)
+    slots, members = (part.astype(np.int32) for part in np.divmod(places, 2))
+    x, words = rng.normal(size=(6, 24)).astype(np.float32), random_words(rng, 2, 24, 20)
+    x[sizes.sum() :] = np.inf
+    got = _compiled(implementation)(x, words, sizes, slots, members)
+    want = plain_oracle(np.where(np.isinf(x), 0, x).astype(np.float64), words, sizes, slots, members)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def _compiled(implementation):
+    return jax.jit(functools.partial(packed_moe_matmul, implementation=implementation))
+
+
+def test_reference_gradient_is_that_of_autodiff():
+    rng = np.random.default_rng(1)
+    x, words = jnp.asarray(rng.normal(size=(9, 4)), jnp.float32), jnp.asarray(random_words(rng, 2, 4, 5))
+    sizes, slots, members = jnp.array([4, 0, 3]), jnp.array([0, 1, 0]), jnp.array([0, 0, 1])
+    more = {"words_up": words[::-1], "act": "gelu"}
+    weights = (Slots(words), Slots(words[::-1]))
+
+    def by_autodiff(x):
+        places = (sizes, slots, members)
+        return reference.rows_times_experts(x, weights, *places, act="gelu", transpose=False, dtype=x.dtype)
+
+    def by_hand(x):
+        return packed_moe_matmul(x, words, sizes, slots, members, implementation="reference", **more)
+
+    cotangent = jnp.asarray(rng.normal(size=(9, 5)), x.dtype)
+    got, want = (jax.jit(lambda x, f=f: jax.vjp(f, x)[1](cotangent)[0])(x) for f in (by_hand, by_autodiff))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_only_rows_have_a_gradient():
+    rng = np.random.default_rng(2)
+    x, words = jnp.ones((4, 3)), jnp.asarray(random_words(rng, 1, 3, 2))
+    dense = jnp.ones((1, 3, 2), jnp.bfloat16)
+    places = jnp.array([2, 1]), jnp.array([0, 1]), jnp.array([1, 0])
+
+    def loss(x, words, dense):
+        return packed_moe_matmul(x, words, *places, dense=dense).sum()
+
+    with pytest.raises(TypeError, match="uint16"):
+        jax.grad(loss, 1)(x, words, dense)
+    with pytest.raises(NotImplementedError, match=r"differentiable in x only.*stop_gradient"):
+        jax.jit(jax.grad(loss, (0, 2)))(x, words, dense)
+    d_x, d_words = jax.jit(jax.grad(loss, (0, 1), allow_int=True))(x, words, dense)
+    assert d_words.dtype == jax.dtypes.float0
+    want = np.repeat([oracle.unpack(np.asarray(words[0]), 1).sum(1), [2.0] * 3, [0.0] * 3], [2, 1, 1], 0)
+    np.testing.assert_allclose(d_x, want, rtol=1e-6)
+    stopped = jax.grad(lambda dense: loss(x, words, jax.lax.stop_gradient(dense)))(dense)
+    assert not stopped.any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_traced_addresses_of_nothing_are_nan(implementation):
+    words, x = jnp.full((1, 3, 2), 0x6400, jnp.uint16), jnp.ones((9, 3))
+    run = jax.jit(functools.partial(packed_moe_matmul, implementation=implementation))
+    for slots, members in (([1, 0], [0, 0]), ([-1, 0], [0, 0]), ([0, 0], [2, 0])):
+        got = run(x, words, jnp.array([4, 3]), jnp.array(slots), jnp.array(members))
+        np.testing.assert_array_equal(np.isnan(got[:, 0]), [True] * 4 + [False] * 5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_vmap_of_values_and_gradients(implementation):
+    rng = np.random.default_rng(3)
+    x, words = jnp.asarray(rng.normal(size=(3, 10, 4)), jnp.float32), jnp.asarray(random_words(rng, 2, 4, 3))
+    sizes = jnp.array([[3, 4, 1], [5, 5, 0], [0, 1, 2]], jnp.int32)
+    slots, members = jnp.array([0, 1, 0]), jnp.array([0, 0, 1])
+
+    def loss(x, sizes):
+        return (packed_moe_matmul(x, words, sizes, slots, members, implementation=implementation) ** 2).sum()
+
+    batched = jax.jit(jax.vmap(jax.value_and_grad(loss)))(x, sizes)
+    each = jax.jit(jax.value_and_grad(loss))
+    single = [each(*one) for one in zip(x, sizes)]
+    for i in range(3):
+        own = jax.tree.map(lambda a, i=i: a[i], batched)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), own, single[i])
+
+
+@pytest.mark.latest
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_eight_devices(check_vma):
+    # Rows over four, the outputs of every matrix over two: packing commutes with any split of a matrix.
+    rng = np.random.default_rng(4)
+    x, words = jnp.asarray(rng.normal(size=(32, 4)), jnp.float32), jnp.asarray(random_words(rng, 2, 4, 6))
+    dense = jnp.asarray(rng.normal(size=(1, 4, 6)), jnp.bfloat16)
+    sizes = jnp.asarray(rng.integers(0, 3, size=(4, 4)), jnp.int32)
+    slots, members = jnp.array([0, 2, 1, 0]), jnp.array([1, 0, 0, 0])
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def local(x, words, dense, sizes):
+        return packed_moe_matmul(
+            x, words, sizes[0], slots, members, words_up=words[::-1], dense=dense, dense_up=dense, act="silu"
+        )
+
+    columns = P(None, None, "tensor")
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("data"), columns, columns, P("data")), out_specs=P("data", "tensor"),
+        check_vma=check_vma,
+    )  # fmt: skip
+
+    def apart(x, words, dense, sizes):
+        return jnp.concatenate([local(part, words, dense, own[None]) for part, own in zip(jnp.split(x, 4), sizes)])
+
+    got, want = (
+        jax.jit(jax.value_and_grad(lambda x, f=f: (f(x, words, dense, sizes) ** 2).sum()))(x) for f in (sharded, apart)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+def test_interpreted_kernels_refuse_what_jax_cannot_interpret():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    words = jnp.ones((1, 4, 3), jnp.uint16)
+    sharded = jax.shard_map(
+        lambda x: packed_moe_matmul(
+            x, words, jnp.array([1]), jnp.array([0]), jnp.array([0]), implementation="interpret"
+        ),
+        mesh=mesh, in_specs=P("data"), out_specs=P("data"),
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match="check_vma"):
+        sharded(jnp.ones((16, 4)))
+
+
+def test_no_rows_and_no_experts():
+    words, none = jnp.ones((1, 3, 2), jnp.uint16), jnp.zeros((0,), jnp.int32)
+    zero, one = jnp.array([0]), jnp.array([1])
+    assert packed_moe_matmul(jnp.ones((0, 3), jnp.bfloat16), words, zero, zero, zero).shape == (0, 2)
+    np.testing.assert_array_equal(packed_moe_matmul(jnp.ones((4, 3)), words, none, none, none), np.zeros((4, 2)))
+    empty_dense = packed_moe_matmul(jnp.ones((1, 3)), words | 0x2000, one, zero, zero, dense=jnp.ones((0, 3, 2)))
+    assert (empty_dense != 0).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numpy_and_half_precision_inputs():
+    words = np.full((1, 2, 2), 0x2700, np.uint16)  # one half for member 0
+    for dtype in (np.float16, np.float32):
+        for implementation in ("xla", "interpret"):
+            out = packed_moe_matmul(
+                np.ones((3, 2), dtype), words, np.array([3], np.uint8), np.array([0]), np.array([0]),
+                implementation=implementation,
+            )  # fmt: skip
+            assert out.dtype == dtype
+            np.testing.assert_array_equal(out, np.full((3, 2), 1.0))
+
+
+def test_with_64_bit_types():
+    with jax.enable_x64(True):
+        op, inputs = CASES[4]
+        harness.check(op, inputs, None, jnp.float64, oracle=gated_oracle, gradients=gated_gradients, differentiate=(0,))
+        for index in (0, 7):
+            op, inputs = CASES[index]
+            harness.check(
+                op, inputs, "interpret", jnp.float32, oracle=plain_oracle, gradients=plain_gradients, differentiate=(0,)
+            )  # fmt: skip
+        x, words, one = jnp.ones((4, 2)), jnp.ones((1, 2, 3), jnp.uint16), jnp.array([0])
+        with pytest.raises(NotImplementedError, match="float64"):
+            packed_moe_matmul(x, words, one, one, one, implementation="interpret")
+
+
+X, WORDS, DENSE = jnp.ones((6, 4)), jnp.ones((2, 4, 3), jnp.uint16), jnp.ones((1, 4, 3))
+SIZES, PLACES, POS = jnp.array([2, 3]), jnp.array([0, 1]), jnp.array([0, 1])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changed", "error", "match"),
+    [
+        ({"x": X[0]}, ValueError, "x must have rank 2"),
+        ({"words": WORDS[0]}, ValueError, "words must have rank 3"),
+        ({"group_sizes": SIZES[None]}, ValueError, "group_sizes must have rank 1"),
+        ({"x": X[:, :3]}, ValueError, r"agree in k.*\(6, 3\).*\(2, 4, 3\)"),
+        ({"words": WORDS[:0]}, ValueError, "at least one slot"),
+        ({"slot_of": jnp.array([0, 1, 0])}, ValueError, "slot_of must have one entry for each of the 2 experts"),
+        ({"pos_of": jnp.array([0])}, ValueError, "pos_of must have one entry"),
+        ({"slot_of": jnp.array([0, 2])}, ValueError, "slot_of must be below the 2 slots, got 2 for expert 1"),
+        ({"slot_of": jnp.array([-1, 2])}, ValueError, "got -1 for expert 0"),
+        ({"slot_of": jnp.array([0, 3]), "dense": DENSE}, ValueError, "below the 3 slots"),
+        ({"pos_of": jnp.array([0, 2])}, ValueError, "pos_of must be 0 or 1, got 2"),
+        ({"group_sizes": jnp.array([-1, 2])}, ValueError, "negative"),
+        ({"group_sizes": jnp.array([4, 3])}, ValueError, "sum to 7.* 6 rows"),
+        ({"group_sizes": jnp.array([2.0, 3.0])}, TypeError, "group_sizes must be integers"),
+        ({"slot_of": jnp.array([0.0, 1.0])}, TypeError, "slot_of must be integers"),
+        ({"x": X.astype(int)}, TypeError, "x must be floating"),
+        ({"words": WORDS.astype(jnp.int16)}, TypeError, "words must be uint16, got int16"),
+        ({"words": WORDS.astype(jnp.bfloat16)}, TypeError, "words must be uint16, got bfloat16"),
+        ({"words_up": WORDS}, ValueError, "words_up and act go together, got act=None with"),
+        ({"act": "silu"}, ValueError, "got act='silu' without words_up"),
+        ({"words_up": WORDS, "act": "tanh"}, ValueError, "unknown act 'tanh'.*silu.*gelu"),
+        ({"words_up": WORDS[:1], "act": "silu"}, ValueError, "words_up must have the shape of words"),
+        ({"words_up": X, "act": "silu"}, TypeError, "words_up must be uint16"),
+        ({"words_up": WORDS, "act": "silu", "dense": DENSE}, ValueError, "dense and dense_up go together"),
+        ({"dense_up": DENSE}, ValueError, "dense_up goes with words_up"),
+        ({"dense": DENSE[:, :3]}, ValueError, r"dense must be \[slots, 4, 3\]"),
+        ({"dense": DENSE.astype(int)}, TypeError, "dense must be floating"),
+        (
+            {"dense": DENSE, "dense_up": jnp.ones((2, 4, 3)), "words_up": WORDS, "act": "silu"},
+            ValueError,
+            "dense_up must have the shape of dense",
+        ),
+        ({"implementation": "cuda"}, ValueError, "'cuda'.*reference.*xla.*triton"),
+        ({"implementation": "triton"}, NotImplementedError, "packed_moe_matmul.*'triton'.*'cpu'.*xla"),
+    ],
+)
+def test_bad_inputs(changed, error, match):
+    good = {"x": X, "words": WORDS, "group_sizes": SIZES, "slot_of": PLACES, "pos_of": POS}
+    with pytest.raises(error, match=match):
+        packed_moe_matmul(**(good | changed))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("args", "error", "match"),
+    [
+        ((WORDS.astype(jnp.int32), 0), TypeError, "words must be uint16, got int32"),
+        ((WORDS, 2), ValueError, "pos must be 0 or 1, got 2"),
+        ((WORDS, -1), ValueError, "pos must be 0 or 1, got -1"),
+        ((WORDS, jnp.array([0, 1, 3])), ValueError, "got 3"),
+        ((WORDS, 0.0), TypeError, "pos must be an integer"),
+        ((WORDS, jnp.array([0, 1])), ValueError, r"broadcast.*\(2,\).*\(2, 4, 3\)"),
+        ((WORDS, 0, jnp.int32), TypeError, "dtype must be floating, got int32"),
+    ],
+)
+def test_bad_inputs_of_unpack(args, error, match):
+    with pytest.raises(error, match=match):
+        unpack(*args)
+
+
+def test_unpack_broadcasts_positions_and_traces_them():
+    words = jnp.asarray(random_words(np.random.default_rng(5), 2, 3, 4))
+    pos = jnp.array([1, 0])[:, None, None]
+    want = np.stack([oracle.unpack(np.asarray(w), p) for w, p in zip(words, (1, 0))])
+    for got in (unpack(words, pos), jax.jit(unpack)(words, pos), jax.vmap(unpack)(words, pos[:, 0, 0])):
+        np.testing.assert_array_equal(np.asarray(got, np.float64), want)
+    wrong = np.isnan(jax.jit(unpack)(words, pos * 2))
+    np.testing.assert_array_equal(wrong, np.broadcast_to(np.array([True, False])[:, None, None], wrong.shape))
+    assert unpack(words, 1, jnp.float16).dtype == jnp.float16
+
+
+@pytest.mark.parametrize("rows", [2, 256])
+def test_never_holds_more_than_a_decoded_matrix_and_a_half(rows):
+    # The specification's shape; one decoded matrix counted in bfloat16. All eight experts would be sixteen times that.
+    k, n = 1024, 3584
+    array = jax.ShapeDtypeStruct
+    places = [array((8,), jnp.int32)] * 3
+    args = array((rows, k), jnp.bfloat16), array((4, k, n), jnp.uint16), *places
+    compiled = jax.jit(packed_moe_matmul).lower(*args).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.5 * 2 * k * n
+
+
+def _shapes(m=4096, k=512, n=256, experts=8):
+    array, places = jax.ShapeDtypeStruct, [jax.ShapeDtypeStruct((experts,), jnp.int32)] * 3
+    words, dense = array((3, k, n), jnp.uint16), array((2, k, n), jnp.bfloat16)
+    return array((m, k), jnp.bfloat16), words, words, dense, dense, *places
+
+
+def _hidden(x, words, up, dense, dense_up, sizes, slots, members):
+    more = {"words_up": up, "dense": dense, "dense_up": dense_up, "act": "silu"}
+    return packed_moe_matmul(x, words, sizes, slots, members, **more)
+
+
+def _both_products(x, words, up, dense, dense_up, sizes, slots, members):
+    plain = packed_moe_matmul(x, words, sizes, slots, members, dense=dense)
+    return plain, _hidden(x, words, up, dense, dense_up, sizes, slots, members)
+
+
+def _gradient(x, words, up, dense, dense_up, sizes, slots, members):
+    cotangent = jnp.ones((x.shape[0], words.shape[2]), x.dtype) * x[0, 0]
+    return jax.vjp(lambda x: packed_moe_matmul(x, words, sizes, slots, members, dense=dense), x)[1](cotangent)
+
+
+@functools.cache
+def _kernels(gpu):
+    from jaxlab.core import plan
+
+    found = {}
+    for program, rows in ((_both_products, 4096), (_gradient, 4096), (_both_products, 8)):
+        args = _shapes(rows)
+        compiled = plan.compile(program, *args, target=plan.target(gpu), labels=["input"] * len(args))
+        # The gradient's program makes its own cotangent.
+        assert compiled.bytes["temporaries"] <= (2 * rows * 256 + 2**10 if program is _gradient else 0)
+        found |= {kernel.name: kernel for kernel in compiled.kernels}
+    return found
+
+
+@needs_aot
+@pytest.mark.latest
+def test_compiled_for_h100_without_temporaries():
+    kernels = _kernels("h100")
+    tiled = {"packed_gmm", "packed_gated_gmm", "packed_gmm_transposed"}
+    assert set(kernels) == tiled | {"packed_gemv", "packed_gated_gemv"}
+    for name in tiled:
+        instructions = kernels[name].ptx_instructions
+        assert kernels[name].tensor_core
+        assert any(op.startswith("wgmma") for op in instructions), name
+        # Words and rows arrive by asynchronous copies of 16 bytes, results leave 16 bytes at a time.
+        assert any(op.startswith("cp.async.cg") for op in instructions), name
+        assert any(op.startswith("st.global.v4") for op in instructions), name
+
+
+@needs_aot
+@needs_ptxas
+@pytest.mark.parametrize(("gpu", "limit"), [("h100", 180), ("a100", 255)])
+def test_registers_without_spills(gpu, limit):
+    for name, kernel in _kernels(gpu).items():
+        assert kernel.spill_bytes == 0, name
+        assert kernel.registers <= limit, name
+
+
+@needs_aot
+@pytest.mark.latest
+def test_compiled_within_shard_map():
+    from jaxlab.core import plan
+
+    target = plan.target("h100", topology="1x1x4")
+    split, whole = (jax.sharding.NamedSharding(target.mesh, spec) for spec in (P("data"), P()))
+    array = jax.ShapeDtypeStruct
+    x = array((4 * 512, 128), jnp.bfloat16, sharding=split)
+    words = array((2, 128, 128), jnp.uint16, sharding=whole)
+    sizes = array((4, 4), jnp.int32, sharding=split)
+    slots = array((4,), jnp.int32, sharding=whole)
+
+    def loss(x, words, sizes, slots, members):
+        run = jax.shard_map(
+            lambda x, words, sizes, slots, members: packed_moe_matmul(x, words, sizes[0], slots, members),
+            mesh=target.mesh, in_specs=(P("data"), P(), P("data"), P(), P()), out_specs=P("data"),
+        )  # fmt: skip
+        return run(x, words, sizes, slots, members).astype(jnp.float32).sum()
+
+    args = (x, words, sizes, slots, slots)
+    compiled = plan.compile(jax.value_and_grad(loss), *args, target=target, labels=["input"] * 5)
+    assert {kernel.name for kernel in compiled.kernels} == {"packed_gmm", "packed_gmm_transposed"}
+    assert [item.op for item in compiled.collectives] == ["all-reduce"]  # of the loss, and of nothing else
