@@ -57,10 +57,9 @@ def test_a_failing_file_keeps_the_rest(made_up, tmp_path, monkeypatch, capsys):
 
 def test_files_are_found_by_name_or_system(capsys):
     found = command.modules()
-    assert set(found.values()) == {"foundation"}
     assert "kernels" in found
     assert command.modules(["kernels"]) == {"kernels": "foundation"}
-    assert command.modules(["foundation"]) == found
+    assert command.modules(["foundation"]) == {stem: system for stem, system in found.items() if system == "foundation"}
     with pytest.raises(SystemExit) as end:
         command.main(["nonsense"])
     assert end.value.code == 2

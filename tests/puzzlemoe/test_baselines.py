@@ -191,7 +191,6 @@ def test_naee_limits(layer, x):
         naee_search(many, x, 20)
 
 
-@pytest.mark.latest
 @pytest.mark.parametrize(
     "how", [{"sparsity": 0.5}, {"sparsity": 0.3}, {"sparsity": 0.0}, {"pattern": (2, 4)}, {"pattern": (1, 4)}]
 )

@@ -18,7 +18,6 @@ def pair_of(mag, mask_i=True, mask_j=True, sign_i=False, sign_j=False):
     return MergedPair(mag, *flags)
 
 
-@pytest.mark.latest
 @pytest.mark.parametrize("underflow", ["clamp", "nearest"])
 def test_words_of_all_magnitudes(underflow):
     some = np.concatenate([MAGNITUDES[:: 37 if underflow == "clamp" else 41], MAGNITUDES[110 << 7 : 113 << 7]])
@@ -57,6 +56,7 @@ def test_what_comes_back():
                     np.testing.assert_array_equal(sign * got[low], np.where(value[low] < 2.0**-16, 0, 2.0**-15))
 
 
+@pytest.mark.latest
 def test_every_word_is_reached():
     """The pair that a word describes packs to the same word."""
     words = np.arange(1 << 16).astype(np.uint16)

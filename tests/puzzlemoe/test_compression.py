@@ -26,7 +26,6 @@ def decoded(packed, name, expert):
     return unpack(words[slot], pos) if slot < len(words) else dense[slot - len(words)]
 
 
-@pytest.mark.latest
 @pytest.mark.parametrize("unmerged", ["bf16", "packed"])
 @pytest.mark.parametrize("norm", ["sum", "tokens"])
 def test_words_and_slots(half, stats, norm, unmerged):
@@ -72,6 +71,7 @@ def test_other_dtypes_and_host_arrays(half, dtype):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.latest
 def test_figures(half):
     """Of Gaussians with sigma 0.3, merged by magnitude."""
     packed, report = compress_layer(*half, None, PAIRS, PuzzleConfig())

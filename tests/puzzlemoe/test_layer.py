@@ -11,7 +11,6 @@ from tests.oracles import puzzlemoe as oracle
 from tests.puzzlemoe.conftest import D, K, N
 
 
-@pytest.mark.latest
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_against_the_oracle(layer, x, renormalise):
     layer = dataclasses.replace(layer, norm_topk_prob=renormalise)

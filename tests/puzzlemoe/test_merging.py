@@ -18,7 +18,6 @@ def check(got: MergedPair, want):
         np.testing.assert_array_equal(np.asarray(getattr(got, name)), value, err_msg=name)
 
 
-@pytest.mark.latest
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("tau", [0.0, 0.4, 1.0])
 def test_against_the_oracle(tau, axis):
