@@ -1,6 +1,7 @@
 """A whole training run from one config, and the plan of its step for machines that are not here."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -47,6 +48,7 @@ class TrainConfig:
         accumulate: Pieces a batch is worked through in.
         checkpoint_every: Steps between checkpoints; 0: at the end only.
         eval_every: Steps between validation perplexities; 0: at the end only.
+        eval_batches: Batches a validation takes, the first ones; 0: all held-out text.
     """
 
     model: DecoderConfig
@@ -65,12 +67,13 @@ class TrainConfig:
     accumulate: int = 1
     checkpoint_every: int = 100
     eval_every: int = 0
+    eval_batches: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "length", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a value >= 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "eval_every", "aux_loss_coef", "z_loss_coef"):
+        for name in ("checkpoint_every", "eval_every", "eval_batches", "aux_loss_coef", "z_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a value >= 0, got {getattr(self, name)}")
         if self.length > self.model.max_position_embeddings:
@@ -154,7 +157,7 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
     `steps` may grow; how often something is saved or measured, and where and how the layers run, may change.
     """
     path = folder / "train.json"
-    free = ("steps", "checkpoint_every", "eval_every", "mesh", "shard_optimizer")
+    free = ("steps", "checkpoint_every", "eval_every", "eval_batches", "mesh", "shard_optimizer")
     mine = _identity(config)
     if path.exists():
         usual = _identity(TrainConfig(config.model, length=1))
@@ -222,7 +225,8 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
 
     def evaluate(state: TrainState) -> dict[str, float]:
         held_out.restore(start)
-        return {"validation_perplexity": perplexity(model, state.params, held_out)}
+        batches = itertools.islice(held_out, config.eval_batches or None)
+        return {"validation_perplexity": perplexity(model, state.params, batches)}
 
     step = make_train_step(loss, tx, accumulate=config.accumulate, mesh=mesh, shard_optimizer=config.shard_optimizer)
     with _Logger(folder, config, 1 if mesh is None else mesh.size) as logger:
