@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from jaxlab.xmoe.config import MoEConfig, Topology
 
@@ -35,7 +35,7 @@ class Peers:
         """The arguments by which a collective of `jax.lax` is told."""
         return {"axis_name": self.axes, "axis_index_groups": self.groups}
 
-    def swap(self, x: Int[Array, "p *rest"]) -> Int[Array, "p *rest"]:
+    def swap(self, x: Shaped[Array, "p *rest"]) -> Shaped[Array, "p *rest"]:
         """Row i goes to peer i, and row i of the result came from it."""
         return lax.all_to_all(x, split_axis=0, concat_axis=0, tiled=True, **self.where)
 

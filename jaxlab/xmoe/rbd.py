@@ -211,8 +211,10 @@ def rbd_dispatch(
         capacity: slots of one device that an expert takes, which bounds the buffers; None if all.
 
     Raises:
-        ValueError: unbound axes, or sizes that do not divide.
+        ValueError: no axes or unbound ones, or sizes that do not divide.
     """
+    if not cfg.expert_axes:
+        raise ValueError("expert_axes must name the mesh axes that RBD exchanges over, got ()")
     topology = topology_of(cfg)
     outer, senders, columns = _stage_one(cfg, topology)
     (tokens, k), per_node = plan.is_pilot.shape, cfg.num_experts // topology.num_nodes
