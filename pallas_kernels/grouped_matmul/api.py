@@ -25,12 +25,21 @@ _GRADIENT = {
     "interpret": functools.partial(triton.weights_gradient, interpret=True),
     "ragged_dot": ragged_dot.weights_gradient,
 }
-_COMPOSED = {
-    name: gating.composed(_FORWARD[name], _GRADIENT[name])
-    for name in ("reference", "triton", "interpret", "ragged_dot")
+_COMPOSED = {name: gating.composed(_FORWARD[name], _GRADIENT[name]) for name in ("reference", "ragged_dot")}
+_GATED_FORWARD = {
+    "reference": _COMPOSED["reference"][0],
+    "xla": xla.gated,
+    "triton": triton.gated,
+    "interpret": functools.partial(triton.gated, interpret=True),
+    "ragged_dot": _COMPOSED["ragged_dot"][0],
 }
-_GATED_FORWARD = {"xla": xla.gated, **{name: forward for name, (forward, _) in _COMPOSED.items()}}
-_GATED_GRADIENTS = {"xla": xla.gated_gradients, **{name: gradients for name, (_, gradients) in _COMPOSED.items()}}
+_GATED_GRADIENTS = {
+    "reference": _COMPOSED["reference"][1],
+    "xla": xla.gated_gradients,
+    "triton": triton.gated_gradients,
+    "interpret": functools.partial(triton.gated_gradients, interpret=True),
+    "ragged_dot": _COMPOSED["ragged_dot"][1],
+}
 
 
 def grouped_matmul(

@@ -1,9 +1,11 @@
 """Grouped matrix products as Pallas kernels on the Triton backend (NVIDIA, AMD).
 
-Two kernels. `rows_times_weights` serves the forward pass and the gradient of the rows: its work units are (group, tile
-of the group's rows), found by every program from the group sizes themselves, so nothing is prepared outside the kernel
-and no row is copied; the transposed weights are a matter of addresses. `weights_gradient` has one program for each tile
-of each group's matrix, which walks over the group's rows. Both accumulate in float32.
+Three kernels. `rows_times_weights` serves the forward pass and the gradient of the rows: its work units are (group,
+tile of the group's rows), found by every program from the group sizes themselves, so nothing is prepared outside the
+kernel and no row is copied; the transposed weights are a matter of addresses, and several products may be summed.
+`weights_gradient` has one program for each tile of each group's matrix, which walks over the group's rows. `gated` has
+the units of the first and two accumulators, and applies the gate to them before anything is stored; for the gradient
+the same kernel stores the gradients of its two products instead. All accumulate in float32.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.dispatch import output_like
+from pallas_kernels.grouped_matmul.gating import activate, gate_gradients
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -55,65 +58,202 @@ def rows_times_weights(
     rows: Float[Array, "m k"],
     weights: Float[Array, "g k n"] | Float[Array, "g n k"],
     group_sizes: Int[Array, " g"],
-    *,
+    *more: Array,
     transpose: bool,
     dtype: DTypeLike,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
-    """Row i of group g gives `rows[i] @ weights[g]` (`weights[g].T` with `transpose`); rows of no group give zero."""
-    common = _check(rows, weights, interpret)
+    """Row i of group g gives `rows[i] @ weights[g]` (`weights[g].T` with `transpose`); rows of no group give zero.
+
+    The products of further rows and weights (`more`, of the same shapes) are added.
+    """
+    common = _check(interpret, rows, weights, *more)
     (m, k), groups = rows.shape, weights.shape[0]
     n = weights.shape[1 if transpose else 2]
     tiles = tiles or _fit(_ROWS_TILES[common.itemsize], rows=-(-m // groups), columns=n, depth=k)
-    # One unit for each tile of rows, one more for each group that ends inside a tile, and the rows of no group.
-    units = pl.cdiv(m, tiles.rows) + groups
     return pl.pallas_call(
         functools.partial(_rows_kernel, transpose=transpose, tiles=tiles, common=common),
         out_shape=output_like((m, n), dtype, rows),
-        grid=(units * pl.cdiv(n, tiles.columns),),
+        grid=(_units(m, groups, tiles) * pl.cdiv(n, tiles.columns),),
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="grouped_matmul_transposed" if transpose else "grouped_matmul",
-    )(rows, weights, group_sizes)
+    )(group_sizes, rows, weights, *more)
 
 
-def _rows_kernel(
-    rows_ref: Any, weights_ref: Any, sizes_ref: Any, out_ref: Any, *, transpose: bool, tiles: Tiles, common: Any
-) -> None:
-    (m, k), (_, n), groups = rows_ref.shape, out_ref.shape, weights_ref.shape[0]
-    column_tiles = pl.cdiv(n, tiles.columns)
-    # Neighbouring programs share their rows, then the matrix of their group.
-    unit, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
-
-    index, sizes = _load_sizes(sizes_ref)
-    heights = (sizes + (tiles.rows - 1)) // tiles.rows
-    group = _sum((jnp.cumsum(heights, dtype=jnp.int32) <= unit).astype(jnp.int32))
-    before = index < group
-    group_start = _sum(jnp.where(before, sizes, 0))
-    first = group_start + (unit - _sum(jnp.where(before, heights, 0))) * tiles.rows
-    # Units past the last group write the zeros of the rows that belong to none: no step, and the array as the end.
-    owned = group < groups
-    end = jnp.where(owned, group_start + _sum(jnp.where(index == group, sizes, 0)), m)
-    steps = owned.astype(jnp.int32) * pl.cdiv(k, tiles.depth)
-    group = jnp.minimum(group, groups - 1)
-
-    row = first + jnp.arange(tiles.rows, dtype=jnp.int32)
-    column = column_tile * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
-    # Past the array the last row is loaded again, and its product never stored. (Only rows: an index that is clamped
-    # along contiguous memory would cost the wide loads.)
-    safe_row = jnp.minimum(row, m - 1)
+def _rows_kernel(sizes_ref: Any, *refs: Any, transpose: bool, tiles: Tiles, common: Any) -> None:
+    *factors, out_ref = refs
+    (_, k), (_, n) = factors[0].shape, out_ref.shape
+    unit = _Unit.find(sizes_ref, out_ref.shape, tiles)
 
     def step(i, total):
         depth = i * tiles.depth + jnp.arange(tiles.depth, dtype=jnp.int32)
-        left = _load(rows_ref, (safe_row[:, None], depth[None, :]), (depth[None, :], k))
-        where = (column[None, :], depth[:, None]) if transpose else (depth[:, None], column[None, :])
-        right = _load(weights_ref, (group, *where), (depth[:, None], k), (column[None, :], n))
-        return total + jnp.dot(left.astype(common), right.astype(common), preferred_element_type=jnp.float32)
+        for rows_ref, weights_ref in zip(factors[::2], factors[1::2], strict=True):
+            left = unit.rows(rows_ref, depth)
+            where = (unit.column[None, :], depth[:, None]) if transpose else (depth[:, None], unit.column[None, :])
+            right = _load(weights_ref, (unit.group, *where), (depth[:, None], k), (unit.column[None, :], n))
+            total += jnp.dot(left.astype(common), right.astype(common), preferred_element_type=jnp.float32)
+        return total
 
-    total = lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
-    inside = (row[:, None] < end) & (column[None, :] < n)
-    plt.store(out_ref.at[row[:, None], column[None, :]], total.astype(out_ref.dtype), mask=inside)
+    total = lax.fori_loop(0, unit.steps(k), step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
+    unit.store(out_ref, total)
+
+
+def gated(
+    rows: Float[Array, "m k"],
+    gate: Float[Array, "g k n"],
+    up: Float[Array, "g k n"],
+    group_sizes: Int[Array, " g"],
+    *,
+    act: str,
+    dtype: DTypeLike,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "m n"]:
+    """Row i of group g gives `act(rows[i] @ gate[g]) * (rows[i] @ up[g])`; rows of no group give zero."""
+    (out,) = _gated_call(rows, gate, up, group_sizes, act=act, dtypes=(dtype,), tiles=tiles, interpret=interpret)
+    return out
+
+
+def gated_gradients(
+    rows: Float[Array, "m k"],
+    gate: Float[Array, "g k n"],
+    up: Float[Array, "g k n"],
+    group_sizes: Int[Array, " g"],
+    grads: Float[Array, "m n"],
+    *,
+    act: str,
+    interpret: bool = False,
+) -> tuple[Float[Array, "m k"], Float[Array, "g k n"], Float[Array, "g k n"]]:
+    """Gradients of `gated` in rows, gate and up; both products are computed again, and only their gradients stored."""
+    common = _check(interpret, rows, gate, up)
+    d_z, d_u = _gated_call(rows, gate, up, group_sizes, grads, act=act, dtypes=(common, common), interpret=interpret)
+    d_rows = rows_times_weights(d_z, gate, group_sizes, d_u, up, transpose=True, dtype=rows.dtype, interpret=interpret)
+    d_gate, d_up = (
+        weights_gradient(rows, d, group_sizes, dtype=w.dtype, interpret=interpret) for d, w in ((d_z, gate), (d_u, up))
+    )
+    return d_rows, d_gate, d_up
+
+
+def _gated_call(
+    rows: Array, gate: Array, up: Array, group_sizes: Array, *grads: Array, act, dtypes, tiles=None, interpret=False
+) -> list[Array]:
+    common = _check(interpret, rows, gate, up, *grads)
+    (m, k), (groups, _, n) = rows.shape, gate.shape
+    tiles = tiles or _fit(_GATED_TILES[common.itemsize], rows=-(-m // groups), columns=n, depth=k)
+    return pl.pallas_call(
+        functools.partial(_gated_kernel, act=act, tiles=tiles, common=common, backward=bool(grads)),
+        out_shape=[output_like((m, n), dtype, rows) for dtype in dtypes],
+        grid=(_units(m, groups, tiles) * pl.cdiv(n, tiles.columns),),
+        compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name="grouped_matmul_gated_products_gradient" if grads else "grouped_matmul_gated",
+    )(group_sizes, rows, gate, up, *grads)
+
+
+def _gated_kernel(
+    sizes_ref: Any,
+    rows_ref: Any,
+    gate_ref: Any,
+    up_ref: Any,
+    *refs: Any,
+    act: str,
+    tiles: Tiles,
+    common: Any,
+    backward: bool,
+) -> None:
+    (_, k), (m, n) = rows_ref.shape, refs[-1].shape
+    unit = _Unit.find(sizes_ref, (m, n), tiles)
+
+    def step(i, totals):
+        depth = i * tiles.depth + jnp.arange(tiles.depth, dtype=jnp.int32)
+        left = unit.rows(rows_ref, depth).astype(common)
+        place, limits = (
+            (unit.group, depth[:, None], unit.column[None, :]),
+            ((depth[:, None], k), (unit.column[None, :], n)),
+        )
+        return tuple(
+            total + jnp.dot(left, _load(ref, place, *limits).astype(common), preferred_element_type=jnp.float32)
+            for total, ref in zip(totals, (gate_ref, up_ref), strict=True)
+        )
+
+    zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+    z, u = lax.fori_loop(0, unit.steps(k), step, (zeros, zeros))
+    if backward:
+        # Rows of no group may hold anything: their gradient counts as zero.
+        at = (unit.safe_row[:, None], unit.column[None, :])
+        d_out = plt.load(refs[0].at[at], mask=unit.inside(n) & unit.owned, other=0).astype(jnp.float32)
+        for ref, value in zip(refs[1:], gate_gradients(z, u, d_out, act)[1:], strict=True):
+            unit.store(ref, value)
+    else:
+        unit.store(refs[0], activate(z, act) * u)
+
+
+def _units(m: int, groups: int, tiles: Tiles) -> int:
+    """One for each tile of rows, one more for each group that ends inside a tile, and the rows of no group."""
+    return pl.cdiv(m, tiles.rows) + groups
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """What a program of the grid (units x tiles of columns) computes.
+
+    Attributes:
+      group: whose matrix.
+      owned: False past the last group: such units write the zeros of the rows that belong to none, without a step.
+      row: of the result.
+      safe_row: past the array the last row is loaded again, and its product never stored. (Only rows: an index that is
+        clamped along contiguous memory would cost the wide loads.)
+      end: of the group's rows.
+      column: of the result.
+      depth: `Tiles.depth`.
+    """
+
+    group: Array
+    owned: Array
+    row: Array
+    safe_row: Array
+    end: Array
+    column: Array
+    depth: int
+
+    @classmethod
+    def find(cls, sizes_ref: Any, shape: tuple[int, int], tiles: Tiles) -> "_Unit":
+        (m, n), groups = shape, sizes_ref.shape[0]
+        column_tiles = pl.cdiv(n, tiles.columns)
+        # Neighbouring programs share their rows, then the matrix of their group.
+        unit, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
+        index, sizes = _load_sizes(sizes_ref)
+        heights = (sizes + (tiles.rows - 1)) // tiles.rows
+        group = _sum((jnp.cumsum(heights, dtype=jnp.int32) <= unit).astype(jnp.int32))
+        before = index < group
+        group_start = _sum(jnp.where(before, sizes, 0))
+        first = group_start + (unit - _sum(jnp.where(before, heights, 0))) * tiles.rows
+        owned = group < groups
+        row = first + jnp.arange(tiles.rows, dtype=jnp.int32)
+        return cls(
+            group=jnp.minimum(group, groups - 1),
+            owned=owned,
+            row=row,
+            safe_row=jnp.minimum(row, m - 1),
+            end=jnp.where(owned, group_start + _sum(jnp.where(index == group, sizes, 0)), m),
+            column=column_tile * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32),
+            depth=tiles.depth,
+        )
+
+    def steps(self, k: int) -> Array:
+        return self.owned.astype(jnp.int32) * pl.cdiv(k, self.depth)
+
+    def rows(self, ref: Any, depth: Array) -> Array:
+        return _load(ref, (self.safe_row[:, None], depth[None, :]), (depth[None, :], ref.shape[1]))
+
+    def inside(self, n: int) -> Array:
+        return (self.row[:, None] < self.end) & (self.column[None, :] < n)
+
+    def store(self, ref: Any, value: Array) -> None:
+        where = ref.at[self.row[:, None], self.column[None, :]]
+        plt.store(where, value.astype(ref.dtype), mask=self.inside(ref.shape[1]))
 
 
 def weights_gradient(
@@ -126,7 +266,7 @@ def weights_gradient(
     interpret: bool = False,
 ) -> Float[Array, "g k n"]:
     """Group g gives `rows[of g].T @ grads[of g]`; an empty group gives zero."""
-    common = _check(rows, grads, interpret)
+    common = _check(interpret, rows, grads)
     k, n, groups = rows.shape[1], grads.shape[1], group_sizes.shape[0]
     tiles = tiles or _fit(_GRADIENT_TILES[common.itemsize], rows=k, columns=n, depth=-(-rows.shape[0] // groups))
     return pl.pallas_call(
@@ -184,18 +324,19 @@ def _load(ref: Any, where: tuple[Array, ...], *limits: tuple[Array, int | Array]
     return plt.load(ref.at[where], mask=functools.reduce(jnp.logical_and, masks), other=0)
 
 
-def _check(left: Array, right: Array, interpret: bool) -> Any:
+def _check(interpret: bool, *arrays: Array) -> Any:
     """The dtype in which the products are taken; refuses what the kernels cannot do."""
-    common = jnp.promote_types(left.dtype, right.dtype)
+    common = functools.reduce(jnp.promote_types, (array.dtype for array in arrays))
     if common not in _DTYPES:
         raise NotImplementedError(f"the Triton kernels take bfloat16, float16 and float32, got {common}")
-    if interpret and jax.typeof(left).manual_axis_type.varying:
+    if interpret and jax.typeof(arrays[0]).manual_axis_type.varying:
         raise NotImplementedError("JAX interprets kernels under shard_map only with check_vma=False")
     return common
 
 
 # By bytes of an element. What the compiler makes of them is in docs/kernels.md.
 _ROWS_TILES = {2: Tiles(128, 128, 64, warps=8, stages=3), 4: Tiles(128, 64, 32, warps=4, stages=3)}
+_GATED_TILES = {2: Tiles(128, 64, 64, warps=8, stages=3), 4: Tiles(64, 64, 32, warps=4, stages=3)}
 _GRADIENT_TILES = {2: Tiles(128, 128, 64, warps=8, stages=3), 4: Tiles(64, 64, 32, warps=4, stages=3)}
 
 

@@ -7,11 +7,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
-from pallas_kernels.token_gather import checks, reference, xla
+from pallas_kernels.token_gather import checks, reference, triton, xla
 
 _OP = "token_gather"
-_FORWARD = {"reference": reference.gather, "xla": xla.gather}
-_GRADIENT = {"reference": reference.sum_choices, "xla": xla.sum_choices}
+_FORWARD = {
+    "reference": reference.gather,
+    "xla": xla.gather,
+    "triton": triton.gather,
+    "interpret": functools.partial(triton.gather, interpret=True),
+}
+_GRADIENT = {
+    "reference": reference.sum_choices,
+    "xla": xla.sum_choices,
+    "triton": triton.sum_choices,
+    "interpret": functools.partial(triton.sum_choices, interpret=True),
+}
 
 
 def token_gather(
