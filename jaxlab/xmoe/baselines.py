@@ -26,7 +26,7 @@ from pallas_kernels.dispatch import vary_alike, zeros_alike
 from pallas_kernels.token_combine import token_combine
 from pallas_kernels.token_gather import token_gather
 
-_TILE_ROWS = 128  # MegaBlocks' block
+_TILE_ROWS = 128  # MegaBlocks' block; small groups have smaller ones here
 ArrayLike = Array | np.ndarray
 
 
@@ -176,7 +176,7 @@ def _tile_padded_ffn(
     (m, width), count = rows.shape, group_sizes.shape[0]
     if m == 0:
         return rows
-    tile = min(_TILE_ROWS, max(8, 1 << (m // count).bit_length()))
+    tile = min(_TILE_ROWS, max(8, 1 << (m // count // 2).bit_length() >> 1))
     tiles = -(-m // tile) + count
     heights = -(-group_sizes // tile)
     last_tile, last_row = jnp.cumsum(heights), jnp.cumsum(group_sizes)
@@ -191,7 +191,7 @@ def _tile_padded_ffn(
     place = jnp.where(jnp.arange(m) < last_row[-1], place, tiles * tile)
 
     def multiply(blocks: Array, matrices: Array) -> Array:
-        return _tile_products(*vary_alike(blocks, matrices.astype(blocks.dtype), owner))
+        return _tile_products(*vary_alike(blocks, matrices.astype(blocks.dtype), owner, last_tile[-1]))
 
     blocks = jnp.where(real[:, None], token_gather(rows, source, place[:, None], tiles * tile), 0)
     blocks = blocks.reshape(tiles, tile, width)
@@ -207,25 +207,30 @@ def _tile_padded_ffn(
 
 @jax.custom_vjp
 def _tile_products(
-    blocks: Float[Array, "t b k"], matrices: Float[Array, "e k n"], owner: Int[Array, " t"]
+    blocks: Float[Array, "t b k"], matrices: Float[Array, "e k n"], owner: Int[Array, " t"], used: Int[Array, ""]
 ) -> Float[Array, "t b n"]:
-    """blocks[t] @ matrices[owner[t]]."""
-    return lax.map(lambda tile: tile[0] @ matrices[tile[1]], (blocks, owner))
+    """blocks[t] @ matrices[owner[t]] for the tiles in use, zeros for the rest."""
+
+    def multiply(t, out):
+        return out.at[t].set(blocks[t] @ matrices[owner[t]])
+
+    shape = (*blocks.shape[:2], matrices.shape[2])
+    return lax.fori_loop(0, used, multiply, zeros_alike(shape, blocks.dtype, blocks))
 
 
-def _tile_products_forward(blocks, matrices, owner):
-    return _tile_products(blocks, matrices, owner), (blocks, matrices, owner)
+def _tile_products_forward(*args):
+    return _tile_products(*args), args
 
 
 def _tile_products_backward(residuals, grads):
-    blocks, matrices, owner = residuals
+    blocks, matrices, owner, used = residuals
 
     # Added in place, tile by tile; the transpose that JAX would take adds an array of all experts for each tile.
     def add(t, total):
         return total.at[owner[t]].add(blocks[t].T @ grads[t])
 
-    d_matrices = lax.fori_loop(0, owner.shape[0], add, zeros_alike(matrices.shape, matrices.dtype, grads))
-    return _tile_products(grads, jnp.swapaxes(matrices, 1, 2), owner), d_matrices, None
+    d_matrices = lax.fori_loop(0, used, add, zeros_alike(matrices.shape, matrices.dtype, grads))
+    return _tile_products(grads, jnp.swapaxes(matrices, 1, 2), owner, used), d_matrices, None, None
 
 
 _tile_products.defvjp(_tile_products_forward, _tile_products_backward)

@@ -199,7 +199,8 @@ def _where(config: MoEConfig, mesh: Any, x: Array) -> tuple[MoEConfig, Any]:
     missing = [axis for axis in needed if axis not in mesh.shape]
     if missing:
         raise ValueError(f"expert_axes and tp_axis: {missing} are no axes of the mesh, which has {tuple(mesh.shape)}")
-    _check_experts(config, math.prod(mesh.shape[axis] for axis in config.expert_axes))
+    parts = mesh.shape[config.tp_axis] if config.tp_axis else 1
+    _check_divisible(config, math.prod(mesh.shape[axis] for axis in config.expert_axes), parts)
     return config, mesh
 
 
@@ -290,7 +291,8 @@ def _dispatcher(name: str) -> Any:
 def _experts(config: MoEConfig, params: Any) -> Experts:
     """This device's experts; under TED with the inner width cut, where the caller has not done so."""
     ranks = math.prod(jax.lax.axis_size(axis) for axis in config.expert_axes)
-    _check_experts(config, ranks)
+    parts = jax.lax.axis_size(config.tp_axis) if config.tp_axis else 1
+    _check_divisible(config, ranks, parts)
     gate, up, down = params.get("gate"), params["up"], params["down"]
     if up.shape[0] != config.num_experts // ranks:
         raise ValueError(
@@ -299,9 +301,6 @@ def _experts(config: MoEConfig, params: Any) -> Experts:
         )
     if config.tp_axis is None or config.sequence_sharded:
         return Experts(gate, up, down)
-    parts = jax.lax.axis_size(config.tp_axis)
-    if config.ffn_size % parts:
-        raise ValueError(f"ffn_size={config.ffn_size} must be a multiple of the {parts} devices of {config.tp_axis!r}")
     if up.shape[2] == config.ffn_size // parts:
         return Experts(gate, up, down)
     width = config.ffn_size // parts
@@ -313,12 +312,15 @@ def _experts(config: MoEConfig, params: Any) -> Experts:
     return Experts(None if gate is None else cut(gate, 2), cut(up, 2), cut(down, 1))
 
 
-def _check_experts(config: MoEConfig, ranks: int) -> None:
+def _check_divisible(config: MoEConfig, ranks: int, parts: int) -> None:
+    """Experts over the devices of `expert_axes`, and their inner width over those of another `tp_axis` (TED)."""
     if config.num_experts % ranks:
         raise ValueError(
             f"num_experts={config.num_experts} must be a multiple of the {ranks} devices of expert_axes "
             f"{config.expert_axes}"
         )
+    if not config.sequence_sharded and config.ffn_size % parts:
+        raise ValueError(f"ffn_size={config.ffn_size} must be a multiple of the {parts} devices of {config.tp_axis!r}")
 
 
 def _shared(config: MoEConfig, dtype: str, params: Any, x: Float[Array, "s h"]) -> Float[Array, "s h"]:
