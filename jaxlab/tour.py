@@ -27,6 +27,7 @@ RECIPES: dict[str, str] = {
     "language_model": "jaxlab.foundation.recipe:configs/foundation/laptop.yaml",
     "grouped_matmul": "jaxlab.foundation.kernel:configs/foundation/kernel.yaml",
     "plan": "jaxlab.foundation.layouts:configs/foundation/plan_8b.yaml",
+    "xmoe": "jaxlab.xmoe.recipe:configs/xmoe/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 

@@ -1,9 +1,9 @@
 """Long runs whose outcome the documentation shows: `python -m benchmarks.evidence [SYSTEM ...]`.
 
-`benchmarks/evidence/<system>.py` has `items() -> Iterator[Item]`, and `pages()` if it writes further pages. An outcome
-goes to `docs/evidence/<system>.json` as it comes, with command, seeds, versions and date, so a killed run goes on where
-it stopped; an item is run again when its settings or the versions have changed. `docs/evidence/<system>.md` is the same
-as tables, for the pages to include.
+`benchmarks/evidence/<system>.py` has `items() -> Iterator[Item]`, and `pages()` if it writes further pages; a file of
+another name says whose it is by `SYSTEM = "..."`. An outcome goes to `docs/evidence/<file>.json` as it comes, with
+command, seeds, versions and date, so a killed run goes on where it stopped; an item is run again when its settings or
+the versions have changed. `docs/evidence/<file>.md` is the same as tables, for the pages to include.
 """
 
 import dataclasses
@@ -44,9 +44,20 @@ class Item:
     seeds: tuple[int, ...] = ()
 
 
-def systems() -> list[str]:
-    """Those with evidence to make."""
-    return sorted(file.stem for file in HERE.glob("*.py") if not file.stem.startswith("_"))
+def files(wanted: Sequence[str] = ()) -> list[str]:
+    """Stems of the files with evidence to make; only those whose stem or system is wanted, if any is.
+
+    Raises:
+      ValueError: a wanted name is neither; the known ones are listed.
+    """
+    found = {}
+    for file in sorted(HERE.glob("[!_]*.py")):
+        named = [line for line in file.read_text().splitlines() if line.startswith("SYSTEM =")]
+        found[file.stem] = named[0].partition("=")[2].strip().strip("\"'") if named else file.stem
+    for name in wanted:
+        if name not in found and name not in found.values():
+            raise ValueError(f"unknown system {name!r}; known: {', '.join(sorted({*found, *found.values()}))}")
+    return [stem for stem, system in found.items() if not wanted or stem in wanted or system in wanted]
 
 
 def make(system: str, *, folder: Path = FOLDER, fresh: bool = False, limit: int | None = None) -> dict[str, Any]:
@@ -111,16 +122,19 @@ def main(args: Sequence[str] | None = None) -> None:
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.partition("\n")[0])
-    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help=f"default all: {', '.join(systems())}")
+    parser.add_argument(
+        "systems", nargs="*", metavar="SYSTEM", help=f"systems, or files: {', '.join(files())}; default all"
+    )
     parser.add_argument("--fresh", action="store_true", help="run again what is there")
     parser.add_argument("--limit", type=int, help="run at most so many new items of each system")
     options = parser.parse_args(args)
-    unknown = [name for name in options.systems if name not in systems()]
-    if unknown:
-        parser.error(f"unknown system {unknown[0]!r}; known: {', '.join(systems())}")
-    for system in options.systems or systems():
-        make(system, fresh=options.fresh, limit=options.limit)
-        module = importlib.import_module(f"benchmarks.evidence.{system}")
+    try:
+        chosen = files(options.systems)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in chosen:
+        make(name, fresh=options.fresh, limit=options.limit)
+        module = importlib.import_module(f"benchmarks.evidence.{name}")
         if hasattr(module, "pages") and options.limit is None:
             module.pages()
 
