@@ -138,11 +138,11 @@ def gated_gradients(
 
 def _gated_call(
     rows: Array, gate: Array, up: Array, group_sizes: Array, *grads: Array, act, dtypes, tiles=None, interpret=False
-) -> list[Array]:
+) -> tuple[Array, ...]:
     common = _check(interpret, rows, gate, up, *grads)
     (m, k), (groups, _, n) = rows.shape, gate.shape
     tiles = tiles or _fit(_GATED_TILES[common.itemsize], rows=-(-m // groups), columns=n, depth=k)
-    return pl.pallas_call(
+    products = pl.pallas_call(
         functools.partial(_gated_kernel, act=act, tiles=tiles, common=common, backward=bool(grads)),
         out_shape=[output_like((m, n), dtype, rows) for dtype in dtypes],
         grid=(_units(m, groups, tiles) * pl.cdiv(n, tiles.columns),),
@@ -150,6 +150,7 @@ def _gated_call(
         interpret=interpret,
         name="grouped_matmul_gated_products_gradient" if grads else "grouped_matmul_gated",
     )(group_sizes, rows, gate, up, *grads)
+    return tuple(products)
 
 
 def _gated_kernel(
