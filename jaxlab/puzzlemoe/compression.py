@@ -297,10 +297,7 @@ def unpack_experts(
 @jax.jit
 def _decode(words, dense, slot_of, pos_of):
     pairs = words.shape[0]
-
-    def one(place):
-        slot, pos = place
-        decoded = unpack(words[jnp.minimum(slot, pairs - 1)], pos)
-        return decoded if dense is None else jnp.where(slot < pairs, decoded, dense[jnp.maximum(slot - pairs, 0)])
-
-    return jax.lax.map(one, (slot_of, pos_of))
+    decoded = unpack(words[jnp.minimum(slot_of, pairs - 1)], pos_of[:, None, None])
+    if dense is None:
+        return decoded
+    return jnp.where((slot_of < pairs)[:, None, None], decoded, dense[jnp.maximum(slot_of - pairs, 0)])

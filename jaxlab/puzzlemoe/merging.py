@@ -145,7 +145,8 @@ def _single(tau: Any) -> Array:
 @jax.jit
 def _similar(w_i: Array, w_j: Array, tau: Array) -> Array:
     a, b = _magnitudes(w_i, w_j)
-    return jnp.abs(a - b) <= tau * (a + b)  # as a product there is no 0/0
+    # As a product there is no 0/0. Not `<=`: where a weight is NaN the mean is too, and `pack_pair` sees it.
+    return ~(jnp.abs(a - b) > tau * (a + b))
 
 
 def _magnitudes(w_i: Array, w_j: Array) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.puzzlemoe import MergedPair, exponent_histogram, pack_pair, unpack
+from jaxlab.puzzlemoe import MergedPair, dual_mask_merge, exponent_histogram, pack_pair, unpack
 from pallas_kernels.packed_moe_matmul import unpack as kernels_unpack
 from tests.oracles import puzzlemoe as oracle
 
@@ -73,6 +73,11 @@ def test_magnitudes_that_do_not_fit():
     pair = pair_of([1.0, 2.0**17, jnp.inf, jnp.nan, 131071.0 * 0.99])
     with pytest.raises(ValueError, match="got 3 of 5 magnitudes"):
         pack_pair(pair)
+    for bad in (jnp.nan, jnp.inf):
+        weights = jnp.array([bad, 0.5, -0.25])
+        for merged in (dual_mask_merge(weights, weights[::-1], tau=0.0), dual_mask_merge(weights[::-1], weights)):
+            with pytest.raises(ValueError, match="got 2 of 3 magnitudes"):
+                pack_pair(merged)
     with pytest.raises(ValueError, match="checked=False"):
         jax.jit(pack_pair)(pair)
     words = jax.jit(lambda p: pack_pair(p, checked=False))(pair)

@@ -5,7 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jaxlab.core import make_mesh
 from jaxlab.puzzlemoe import PuzzleConfig, compress_experts, dual_mask_merge, expert_norms, pack_pair, unpack
 from jaxlab.puzzlemoe.compression import _merge_slots, compress_layer, unpack_experts
 from tests.puzzlemoe.conftest import N
@@ -150,6 +153,16 @@ def test_wrong_arguments(half, stats):
         wrong = dataclasses.replace(stats, sum_sq_mid=stats.sum_sq_mid.at[2, 1].set(bad))
         with pytest.raises(ValueError, match=r"sum_sq_mid must be finite and not negative, got 1 in experts \[2\]"):
             compress_experts(gate, up, down, wrong, PAIRS, cfg)
+
+
+def test_sharded_weights(half):
+    """Any sharding of rows or columns commutes with packing."""
+    mesh = make_mesh({"tensor": 8})
+    places = (P(None, None, "tensor"), P(None, None, "tensor"), P(None, "tensor", None))
+    sharded = [jax.device_put(w, NamedSharding(mesh, place)) for w, place in zip(half, places)]
+    got = compress_experts(*sharded, None, PAIRS, PuzzleConfig())
+    assert got.gate.sharding.spec == places[0]
+    jax.tree.map(np.testing.assert_array_equal, got, compress_experts(*half, None, PAIRS, PuzzleConfig()))
 
 
 def test_pairs_stream():
