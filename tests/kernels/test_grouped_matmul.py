@@ -57,6 +57,68 @@ def test_value_and_gradients(one, implementation, dtype):
     )
 
 
+def gated_case(name, m, k, n, sizes):
+    plain = case(name, m, k, n, sizes)
+
+    def make(rng):
+        (lhs, rhs, sizes), cotangent = plain.make(rng)
+        return (lhs / np.sqrt(k), rhs, rng.normal(size=rhs.shape), sizes), cotangent
+
+    return harness.Case(name, make, plain.reduced)
+
+
+GATED_CASES = [
+    gated_case("tail", 45, 24, 20, (5, 9, 0, 3)),
+    gated_case("one group has all", 45, 24, 20, (0, 45, 0, 0)),
+    gated_case("all empty", 45, 24, 20, (0, 0, 0, 0)),
+    gated_case("several tiles", 150, 150, 70, (131, 1, 17)),
+    gated_case("no rows", 0, 3, 2, (0, 0)),
+]
+
+
+def _gated(lhs, rhs, rhs_up, sizes, *, act="silu", implementation=None):
+    return grouped_matmul(lhs, rhs, sizes, rhs_up=rhs_up, act=act, implementation=implementation)
+
+
+_gated_gelu = functools.partial(_gated, act="gelu")
+
+
+def check_gated(one, implementation, act="silu", dtype=jnp.float32):
+    clean = np.nan_to_num
+    harness.check(
+        _gated if act == "silu" else _gated_gelu,
+        one,
+        implementation,
+        dtype,
+        oracle=lambda lhs, g, u, sizes: oracle.gated(clean(lhs), g, u, sizes, act),
+        gradients=lambda lhs, g, u, sizes, c: oracle.gated_gradients(clean(lhs), g, u, sizes, act, clean(c)),
+        differentiate=(0, 1, 2),
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("one", GATED_CASES, ids=lambda one: one.name)
+def test_gated(one, implementation):
+    check_gated(one, implementation)
+
+
+@pytest.mark.latest
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_gated_by_gelu(implementation):
+    check_gated(GATED_CASES[0], implementation, "gelu")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_gated_in_bfloat16(implementation):
+    check_gated(GATED_CASES[0], implementation, "silu", jnp.bfloat16)
+
+
+def test_gated_by_either_name():
+    args = LHS, RHS, SIZES
+    silu, swiglu = (grouped_matmul(*args, rhs_up=RHS, act=act) for act in ("silu", "swiglu"))
+    np.testing.assert_array_equal(silu, swiglu)
+
+
 @pytest.mark.latest
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
 def test_representative_case(implementation):
@@ -185,6 +247,11 @@ LHS, RHS, SIZES = jnp.ones((6, 4)), jnp.ones((2, 4, 3)), jnp.array([2, 3])
         ((LHS, RHS, jnp.array([2.0, 3.0])), {}, TypeError, "group_sizes must be integers"),
         ((LHS.astype(int), RHS, SIZES), {}, TypeError, "lhs must be floating"),
         ((LHS, RHS.astype(int), SIZES), {}, TypeError, "rhs must be floating"),
+        ((LHS, RHS, SIZES), {"rhs_up": RHS}, ValueError, "rhs_up and act go together, got act=None"),
+        ((LHS, RHS, SIZES), {"act": "silu"}, ValueError, "rhs_up and act go together, got act='silu'"),
+        ((LHS, RHS, SIZES), {"rhs_up": RHS, "act": "relu"}, ValueError, "act 'relu'.*silu.*swiglu.*gelu"),
+        ((LHS, RHS, SIZES), {"rhs_up": RHS[:1], "act": "silu"}, ValueError, r"rhs_up .*\(2, 4, 3\), got \(1, 4, 3\)"),
+        ((LHS, RHS, SIZES), {"rhs_up": RHS.astype(int), "act": "silu"}, TypeError, "rhs_up must be floating"),
         ((LHS, RHS, SIZES), {"preferred_element_type": jnp.int32}, TypeError, "preferred_element_type"),
         ((LHS, RHS, SIZES), {"implementation": "cuda"}, ValueError, "'cuda'.*reference.*xla.*triton"),
         ((LHS, RHS, SIZES), {"implementation": "triton"}, NotImplementedError, "grouped_matmul.*'triton'.*'cpu'.*xla"),
@@ -246,6 +313,36 @@ def test_registers_without_spills(gpu, limit):
     for kernel in compiled.kernels:
         assert kernel.spill_bytes == 0
         assert kernel.registers <= limit  # tokamax's kernels: 164-166 on an H100
+
+
+@needs_aot
+@needs_ptxas
+@pytest.mark.parametrize(("gpu", "limit"), [("h100", 168), ("a100", 255)])
+def test_gated_compiled_for_gpus(gpu, limit):
+    from jaxlab.core import plan
+
+    lhs, rhs, sizes, cotangent = _shapes(jnp.bfloat16)
+
+    def gradients(lhs, rhs, rhs_up, sizes, cotangent):
+        return jax.vjp(lambda *args: _gated(*args, sizes), lhs, rhs, rhs_up)[1](cotangent)
+
+    target = plan.target(gpu)
+    forward = plan.compile(_gated, lhs, rhs, rhs, sizes, target=target, labels=["input"] * 4)
+    backward = plan.compile(gradients, lhs, rhs, rhs, sizes, cotangent, target=target, labels=["input"] * 5)
+    assert forward.bytes["temporaries"] == 0
+    # The gradients of the two products, of which one finds room in the results.
+    assert backward.bytes["temporaries"] <= 4096 * 256 * 2 + 2**16
+    assert [kernel.name for kernel in forward.kernels] == ["grouped_matmul_gated"]
+    assert {kernel.name for kernel in backward.kernels} == {
+        "grouped_matmul_gated_products_gradient",
+        "grouped_matmul_transposed",
+        "grouped_matmul_weights_gradient",
+    }
+    for kernel in (*forward.kernels, *backward.kernels):
+        assert kernel.tensor_core
+        assert kernel.spill_bytes == 0
+        assert kernel.registers <= limit
+        assert gpu != "h100" or any(name.startswith("wgmma") for name in kernel.ptx_instructions), kernel.name
 
 
 @needs_aot
