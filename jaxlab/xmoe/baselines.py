@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.xmoe.config import MoEConfig
 from jaxlab.xmoe.expert_parallel import pft
-from jaxlab.xmoe.experts import Experts, Routed, act, no_exchange
+from jaxlab.xmoe.experts import Experts, Routed, masked, no_exchange, through_experts
 from jaxlab.xmoe.local import local
 from jaxlab.xmoe.peers import Peers, topology_of
 from jaxlab.xmoe.router import Routing, top_k_gating
@@ -92,12 +92,12 @@ def tutel(
         .at[inv]
         .set(jnp.arange(total, dtype=jnp.int32), mode="drop", unique_indices=True)
     )
-    taken, inv = (slots < total)[:, None], inv.reshape(tokens, k)
+    taken, inv = slots < total, inv.reshape(tokens, k)
 
     kernels = config.kernel_implementation
-    chunks = jnp.where(taken, token_gather(x, slots // k, inv, places, implementation=kernels), 0)
+    chunks = masked(token_gather(x, slots // k, inv, places, implementation=kernels), taken)
     done, abroad = _on_chunks(chunks.reshape(count, capacity, x.shape[1]), config, experts)
-    rows = jnp.where(taken, done.reshape(places, x.shape[1]), 0)
+    rows = masked(done.reshape(places, x.shape[1]), taken)
     y = token_combine(rows, routing.weights, inv, slots, places, implementation=kernels)
     return Routed(y, jnp.int32(0), abroad)
 
@@ -131,13 +131,7 @@ def _every_expert(
 
 def _batched_ffn(chunks: Float[Array, "e c h"], experts: Experts, config: MoEConfig) -> Float[Array, "e c h"]:
     """Expert e on the rows of chunk e."""
-    gate, up, down = (None if matrix is None else matrix.astype(chunks.dtype) for matrix in experts)
-    inner = jnp.einsum("ech,ehf->ecf", chunks, up)
-    if gate is None:
-        inner = act(inner, config.activation)
-    else:
-        inner = jax.nn.silu(jnp.einsum("ech,ehf->ecf", chunks, gate)) * inner
-    return jnp.einsum("ecf,efh->ech", inner, down)
+    return through_experts(chunks, experts, config, functools.partial(jnp.einsum, "ech,ehf->ecf"))
 
 
 def _capacity(routing: Routing) -> int:
@@ -191,18 +185,14 @@ def _tile_padded_ffn(
     place = jnp.where(jnp.arange(m) < last_row[-1], place, tiles * tile)
 
     def multiply(blocks: Array, matrices: Array) -> Array:
-        return _tile_products(*vary_alike(blocks, matrices.astype(blocks.dtype), owner, last_tile[-1]))
+        return _tile_products(*vary_alike(blocks, matrices, owner, last_tile[-1]))
 
-    blocks = jnp.where(real[:, None], token_gather(rows, source, place[:, None], tiles * tile), 0)
+    blocks = masked(token_gather(rows, source, place[:, None], tiles * tile), real)
     blocks = blocks.reshape(tiles, tile, width)
-    inner = multiply(blocks, experts.up)
-    if experts.gate is None:
-        inner = act(inner, config.activation)
-    else:
-        inner = jax.nn.silu(multiply(blocks, experts.gate)) * inner
-    done = multiply(inner, experts.down).reshape(tiles * tile, width)
+    done = through_experts(blocks, experts, config, multiply)
+    done = done.reshape(tiles * tile, width)
     back = token_gather(done, place, source[:, None], m)
-    return jnp.where((jnp.arange(m) < last_row[-1])[:, None], back, 0)
+    return masked(back, jnp.arange(m) < last_row[-1])
 
 
 @jax.custom_vjp
@@ -240,7 +230,4 @@ def _ragged_dot_ffn(
     rows: Float[Array, "m h"], experts: Experts, group_sizes: Int[Array, " e"], config: MoEConfig
 ) -> Float[Array, "m h"]:
     multiply = functools.partial(lax.ragged_dot, group_sizes=group_sizes)
-    gate, up, down = (None if matrix is None else matrix.astype(rows.dtype) for matrix in experts)
-    inner = multiply(rows, up)
-    inner = act(inner, config.activation) if gate is None else jax.nn.silu(multiply(rows, gate)) * inner
-    return multiply(inner, down)
+    return through_experts(rows, experts, config, multiply)

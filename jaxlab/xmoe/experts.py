@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.xmoe.config import MoEConfig
 from pallas_kernels.dispatch import Implementation
@@ -70,25 +70,57 @@ def expert_ffn(
     multiply = functools.partial(
         grouped_matmul, group_sizes=group_sizes, implementation=implementation or config.kernel_implementation
     )
-
-    # Checkpointed: the backward pass keeps rows, one array of inner width and the matrices as they are stored; their
-    # casts and the nonlinearity are made again. The products themselves are not.
-    @_made_again
-    def into(rows, gate, up):
-        up = up.astype(rows.dtype)
-        if gate is None:
-            return multiply(rows, up)
-        return multiply(rows, gate.astype(rows.dtype), rhs_up=up, act="silu")
-
-    @_made_again
-    def out_of(inner, down):
-        inner = act(inner, config.activation) if experts.gate is None else inner
-        return multiply(inner, down.astype(inner.dtype))
-
-    return out_of(into(rows, experts.gate, experts.up), experts.down)
+    return through_experts(rows, experts, config, multiply, gated=functools.partial(multiply, act="silu"))
 
 
 _made_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+def through_experts(
+    rows: Float[Array, "..."],
+    experts: Experts,
+    config: MoEConfig,
+    multiply: Callable[..., Array],
+    gated: Callable[..., Array] | None = None,
+) -> Float[Array, "..."]:
+    """An expert's two or three products, of which the backward pass keeps little.
+
+    That is rows, the inner rows before the nonlinearity (with `gated` after it) and the matrices as they are stored.
+    Casts and the nonlinearity are made again, the products are not.
+
+    Args:
+        rows: in the compute dtype, laid out as `multiply` wants them.
+        experts: the matrices, stacked.
+        config: the layer.
+        multiply: `(rows, matrices) -> products`.
+        gated: `(rows, gate, rhs_up=up) -> silu(rows @ gate) * (rows @ up)` in one; None puts it together.
+    """
+
+    @_made_again
+    def into(rows, matrix, up):
+        if up is None:
+            return multiply(rows, matrix.astype(rows.dtype))
+        assert gated is not None
+        return gated(rows, matrix.astype(rows.dtype), rhs_up=up.astype(rows.dtype))
+
+    @_made_again
+    def out_of(inner, factor, down):
+        if gated is None or experts.gate is None:
+            inner = act(inner, config.activation)
+        return multiply(inner if factor is None else inner * factor, down.astype(inner.dtype))
+
+    gate, up, down = experts
+    if gate is None:
+        return out_of(into(rows, up, None), None, down)
+    if gated is None:
+        return out_of(into(rows, gate, None), into(rows, up, None), down)
+    return out_of(into(rows, gate, up), None, down)
+
+
+@_made_again
+def masked(rows: Float[Array, "r h"], mask: Bool[Array, " r"]) -> Float[Array, "r h"]:
+    """Zeros where the mask is False; the backward pass keeps the mask itself, not one as large as the rows."""
+    return jnp.where(mask[:, None], rows, 0)
 
 
 def no_exchange(y: Float[Array, "s h"]) -> Routed:

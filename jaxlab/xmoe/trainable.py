@@ -21,8 +21,8 @@ NODE = 8
 TENSOR = (1, 2, 4, 8)
 """Tensor-parallel ranks that a system may choose from; they stay inside a node."""
 RECV_BUFFER_FACTOR = 1.5
-"""Room for received rows, over S * k, where nothing is dropped (ours; what does not fit is counted at run time). With
-dropping the worst case is the capacity factor's 1.25 anyway."""
+"""Room for received rows, over S * k, of what has no bound of its own (ours; what does not fit is counted at run time):
+dropless dispatch, and RBD's rows inside a node. With dropping no expert gets more than the capacity factor's 1.25."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class System:
       title: what it stands for.
       dispatch: of `MoEPolicy`.
       drops: experts take capacity_factor 1.25, as the systems' scripts have it; else every slot is computed.
+      bounded: received rows have room for `RECV_BUFFER_FACTOR`, not for the worst case.
       shards_sequence: the tensor-parallel ranks split the tokens of the sparse layers (SSMB).
       slices_experts: they split the experts' inner width (DeepSpeed-TED).
     """
@@ -40,18 +41,19 @@ class System:
     title: str
     dispatch: str
     drops: bool = True
+    bounded: bool = False
     shards_sequence: bool = False
     slices_experts: bool = False
 
 
 SYSTEMS = {
-    "rbd": System("X-MoE, RBD and SSMB", "rbd", shards_sequence=True),
+    "rbd": System("X-MoE, RBD and SSMB", "rbd", bounded=True, shards_sequence=True),
     "pft": System("X-MoE, PFT and SSMB", "pft", shards_sequence=True),
-    "pft-dropless": System("X-MoE, PFT and SSMB, nothing dropped", "pft", drops=False, shards_sequence=True),
+    "pft-dropless": System("X-MoE, PFT and SSMB, dropless", "pft", drops=False, bounded=True, shards_sequence=True),
     "padded": System("DeepSpeed-MoE", "padded"),
     "ted": System("DeepSpeed-TED", "padded", slices_experts=True),
     "tutel": System("Tutel", "tutel"),
-    "megablocks": System("MegaBlocks", "megablocks", drops=False),
+    "megablocks": System("MegaBlocks", "megablocks", drops=False, bounded=True),
 }
 """Ours, and what it is compared with, each as `jaxlab.xmoe` builds it."""
 
@@ -179,7 +181,7 @@ def training_config(
         expert_axes=axes,
         tp_axis="tensor" if tensor > 1 and (how.shards_sequence or how.slices_experts) else None,
         drop_policy="probs" if how.drops else "none",
-        recv_buffer_factor=None if how.drops else RECV_BUFFER_FACTOR,
+        recv_buffer_factor=RECV_BUFFER_FACTOR if how.bounded else None,
         node_size=1 if axes == ("node",) else NODE,
     )
     return dataclasses.replace(
@@ -241,14 +243,43 @@ def outcome(
 
 
 def best(system: str, size: str, devices: int, *, gpu: str = "mi250x", **options: Any) -> Outcome:
-    """The outcome with the least tensor parallelism that fits `gpu`, or else the one that needs least."""
+    """A system's step with the tensor parallelism that suits it: the least that fits `gpu`, or that needs least.
+
+    Which ones are worth compiling is estimated (`estimate`): first the least that leaves a tenth of the memory free,
+    then the one that needs least.
+    """
+    guess = {ranks: estimate(system, size, devices, ranks, **options) for ranks in _tensors(size, devices)}
+    roomy = [ranks for ranks, total in guess.items() if total <= 0.9 * usable(gpu)]
     tried = []
-    for tensor in _tensors(size, devices):
+    for tensor in dict.fromkeys((*roomy[:1], min(guess, key=lambda ranks: guess[ranks]))):
         tried.append(outcome(system, size, devices, tensor, gpu=gpu, **options))
         if tried[-1].fits(gpu):
-            return tried[-1]
-    compiled = [each for each in tried if each.compiled]
-    return min(compiled or tried, key=lambda each: each.total)
+            break
+    return min(tried, key=lambda each: (not each.compiled, each.total))
+
+
+def estimate(
+    system: str, size: str, devices: int, tensor: int, *, remat: str = "none", layers: int | None = None
+) -> int:
+    """Bytes of one device from shapes: states, what the backward pass keeps of every layer, two layers' working set.
+
+    Only decides what is compiled; leaves out what XLA adds.
+    """
+    import jax.numpy as jnp
+
+    from jaxlab.xmoe.memory import activation_memory
+
+    config = training_config(system, size, devices, tensor, remat=remat, layers=layers)
+    states, _ = _states(config, _target("mi250x", devices, tuple(config.mesh.items())))
+    how, item = SYSTEMS[system], jnp.dtype(config.model.dtype).itemsize
+    mode = "ted" if how.slices_experts else how.dispatch if how.dispatch in ("padded", "tutel") else "pft"
+    cfg = dataclasses.replace(config.moe.layer_config(config.model), drop_policy="probs")
+    ranks = math.prod(config.mesh[axis] for axis in config.moe.expert_axes)
+    routed = activation_memory(cfg, 1, config.length, tensor, ranks, config.model.dtype, mode, ssmb=how.shards_sequence)
+    tokens = config.length * config.model.hidden_size * item
+    layer = routed["total"] + tokens * (4 + 6 / tensor)
+    kept = tokens if remat == "block" else layer
+    return int(sum(states.values()) + config.model.num_hidden_layers * kept + 2 * layer)
 
 
 def most_layers(found: Outcome, *, gpu: str = "mi250x") -> Outcome | None:
