@@ -192,10 +192,11 @@ def _product_backward(act, implementation, residuals, grads):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         z, u = (run(x, (slots,), *addresses, transpose=False, dtype=wide) for slots in weights)
         _, d_z, d_u = gate_gradients(z, u, grads.astype(wide), act)
-        d_x = sum(
+        of_gate, of_up = (
             run(d.astype(x.dtype), (slots,), *addresses, transpose=True, dtype=wide)
             for d, slots in zip((d_z, d_u), weights)
-        ).astype(x.dtype)
+        )
+        d_x = (of_gate + of_up).astype(x.dtype)
     return (d_x, *(None,) * 4)
 
 

@@ -7,6 +7,7 @@
 The lower twelve bits are those of a bfloat16 magnitude, shared by both members; a cleared mask bit makes the weight 0.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -52,8 +53,14 @@ def unpack(
         raise ValueError(f"pos must broadcast against words, got shapes {pos.shape} and {words.shape}") from None
     if is_concrete(pos):
         check_members("pos", pos)
-        return decode(words, pos, dtype)
-    return decode(words, pos & 1, dtype) + jnp.where((pos == 0) | (pos == 1), 0, jnp.nan).astype(dtype)
+    return _unpack(words, pos, dtype, not is_concrete(pos))
+
+
+# Jitted, so that an eager call is one pass over the words, too.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _unpack(words, pos, dtype, doubtful):
+    weights = decode(words, pos & 1, dtype)
+    return jnp.where((pos == 0) | (pos == 1), weights, jnp.nan) if doubtful else weights
 
 
 def decode(words: UInt16[Array, "..."], pos: Integer[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -81,7 +88,7 @@ class Slots(NamedTuple):
     dense: Float[Array, "r k n"] | None = None
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many slots there are."""
         return self.words.shape[0] + (0 if self.dense is None else self.dense.shape[0])
 

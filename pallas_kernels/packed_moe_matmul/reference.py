@@ -40,7 +40,7 @@ def rows_times_experts(
         return jnp.where(owner == index, product + poison.astype(precise), out), None
 
     start = zeros_alike((rows.shape[0], n), precise, rows)
-    addresses = resolve(slot_of, pos_of, weights[0].count)
+    addresses = resolve(slot_of, pos_of, weights[0].number)
     return jax.lax.scan(add_expert, start, (jnp.arange(experts), *addresses))[0].astype(dtype)
 
 

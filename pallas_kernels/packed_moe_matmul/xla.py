@@ -38,7 +38,7 @@ def rows_times_experts(
     n = k if transpose else n
     precise = jnp.promote_types(rows.dtype, jnp.float32)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    slot_of, pos_of, poison = resolve(slot_of, pos_of, weights[0].count)
+    slot_of, pos_of, poison = resolve(slot_of, pos_of, weights[0].number)
     # Bits, because XLA's CPU compiler widens a whole bfloat16 array to update a slice of it.
     row_bits = _bits(rows)
 
