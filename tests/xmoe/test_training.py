@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxlab import core
-from jaxlab.models.decoder import Decoder, MoEPolicy, MoESpec, init_params
-from jaxlab.training import OptimizerConfig, TrainState, lm_loss, make_train_step, optimizer
+from jaxlab.core import plan as planning
+from jaxlab.models.decoder import Decoder, MoEPolicy, MoESpec, abstract_params, init_params
+from jaxlab.training import OptimizerConfig, TrainState, lm_loss, make_train_step, optimizer, plan
 from jaxlab.training.sharding import expert_policy, place_state, state_shardings
 from tests.training import toys
 
@@ -108,3 +109,21 @@ def test_expert_axes_come_from_the_mesh():
     assert expert_policy(MoEPolicy(), mesh).expert_axes == ()
     assert expert_policy(MoEPolicy(dispatch="pft"), None).expert_axes == ()
     assert expert_policy(MoEPolicy(dispatch="pft"), core.make_mesh({"data": 8})).expert_axes == ()
+
+
+def test_plan_of_an_expert_parallel_step():
+    """Compiled without running: what a device holds, and an exchange over the axes that the mesh gave."""
+    moe = dataclasses.replace(MODEL.moe, shared_ffn_size=0)
+    config = toys.config(
+        "python-stdlib",
+        model=dataclasses.replace(MODEL, moe=moe),
+        batch_size=8,
+        moe=MoEPolicy(dispatch="pft"),
+        shard_optimizer=True,
+    )
+    made = plan(config, planning.target("cpu", mesh=MESH))
+    exchanged = [item for item in made.collectives if item.op == "all-to-all" and set(item.axes) == set(MESH)]
+    assert exchanged
+    experts = 4 * 3 * moe.num_experts * moe.ffn_size * MODEL.hidden_size
+    whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(Decoder(config.model))))
+    assert made.bytes["parameters"] == whole - experts + experts // 8

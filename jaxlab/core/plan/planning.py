@@ -5,7 +5,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,8 @@ def compile(
     jitted: Any = fn
     if not (plain and hasattr(fn, "lower")):
         jitted = jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
-    with compat.tracing_for(mesh=target.mesh) if target.platform == "cuda" else nullcontext():
+    # The mesh is in force either way: layers that spread over one find it there, as in a training step.
+    with compat.tracing_for(mesh=target.mesh) if target.platform == "cuda" else jax.set_mesh(target.mesh):
         lowered = jitted.lower(*args)
     compiled, modules = _compile(lowered, target)
     text = compiled.as_text()
