@@ -77,7 +77,7 @@ def build_pft(routing: Routing, cfg: MoEConfig) -> PFT:
         token_ids=slots // k,
         expert_ids=expert_ids,
         combine_weights=weights,
-        tokens_per_expert=jnp.diff(bins, prepend=0),
+        tokens_per_expert=jnp.diff(bins, prepend=jnp.int32(0)),
         bins=bins,
         num_valid=num_valid,
         inv=inv.reshape(tokens, k),

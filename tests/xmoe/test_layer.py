@@ -100,7 +100,7 @@ def test_bfloat16():
     assert metrics.aux_loss.dtype == jnp.float32
     want = oracle.layer(params, np.asarray(x, np.float64), 2)[0]
     assert relative_error(y, want) < 2e-2
-    assert apply(MoE(config, dtype=jnp.float32), params, x)[0].dtype == jnp.float32
+    assert jax.eval_shape(functools.partial(apply, MoE(config, dtype=jnp.float32)), params, x)[0].dtype == jnp.float32
     got = jax.jit(jax.grad(loss), static_argnums=2)(params, x, MoE(config))
     exact = jax.jit(jax.grad(loss), static_argnums=2)(params, x.astype(jnp.float32), MoE(config))
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(exact)):
@@ -176,7 +176,9 @@ def test_jitter():
     moved = apply(layer, params, x, train=True, rng=jax.random.key(1))
     assert relative_error(moved[0], np.asarray(still)) > 1e-3
     np.testing.assert_array_equal(apply(layer, params, x, train=True, rng=jax.random.key(1))[0], moved[0])
-    y, _ = layer.apply({"params": params}, x, train=True, rngs={"mlp": jax.random.key(1)})
+    y, _ = jax.eval_shape(
+        lambda key: layer.apply({"params": params}, x, train=True, rngs={"mlp": key}), jax.random.key(1)
+    )
     assert y.shape == x.shape
     with pytest.raises(ValueError, match=r"jitter_eps=0\.3 needs rng"):
         layer.apply({"params": params}, x, train=True)
@@ -205,6 +207,6 @@ def test_bad_inputs(unchecked):
         ({"tp_axis": "tensor"}, "tp_axis 'tensor' must be bound by jax.shard_map"),
     ):
         layer = MoE(MoEConfig(**SIZES, **changes))
-        layer.init(jax.random.key(0), x)
+        jax.eval_shape(layer.init, jax.random.key(0), x)
         with pytest.raises(ValueError, match=message):
             layer.apply({"params": params}, x)

@@ -6,6 +6,8 @@ import pytest
 from jaxlab.xmoe import MoEConfig, build_pft, pft_gather, pft_scatter, top_k_gating
 
 RNG = np.random.default_rng(1)
+gate = jax.jit(top_k_gating, static_argnums=1, static_argnames="train")
+build = jax.jit(build_pft, static_argnums=1)
 
 
 def config(experts, top_k, **changes):
@@ -14,7 +16,7 @@ def config(experts, top_k, **changes):
 
 def routed(tokens, cfg):
     logits = jnp.asarray(RNG.normal(size=(tokens, cfg.num_experts)) * 2, jnp.float32)
-    return top_k_gating(logits, cfg, train=True)
+    return gate(logits, cfg, train=True)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ def routed(tokens, cfg):
 def test_buffer(tokens, experts, top_k, drop):
     cfg = config(experts, top_k, drop_policy=drop, capacity_factor=0.6, min_capacity=1)
     routing = routed(tokens, cfg)
-    pft = build_pft(routing, cfg)
+    pft = build(routing, cfg)
     ids, keep = np.asarray(routing.expert_ids), np.asarray(routing.keep)
     total = tokens * top_k
     rows = total if routing.capacity is None else min(total, experts * routing.capacity)
@@ -55,7 +57,7 @@ def test_gather_scatter_and_gradients():
     """Against one-hot matrices; what lies past the valid rows is NaN and must reach nothing."""
     cfg = config(6, 3, drop_policy="position", capacity_factor=0.7, min_capacity=1)
     routing = routed(16, cfg)
-    pft = build_pft(routing, cfg)
+    pft = build(routing, cfg)
     valid, rows = int(pft.num_valid), len(pft.slots)
     assert valid < rows
     hot = np.asarray(jax.nn.one_hot(pft.token_ids, 16))
@@ -85,11 +87,11 @@ def test_gather_scatter_and_gradients():
 def test_combine_weights_are_differentiable():
     cfg = config(4, 2, drop_policy="position", capacity_factor=0.7, min_capacity=1)
     routing = routed(9, cfg)
-    mix = jnp.asarray(RNG.normal(size=build_pft(routing, cfg).slots.shape), jnp.float32)
+    mix = jnp.asarray(RNG.normal(size=build(routing, cfg).slots.shape), jnp.float32)
 
     def value(weights):
         return jnp.sum(build_pft(routing.replace(weights=weights), cfg).combine_weights * mix)
 
-    pft, got = build_pft(routing, cfg), jax.grad(value)(routing.weights)
+    pft, got = build(routing, cfg), jax.jit(jax.grad(value))(routing.weights)
     want = np.where(np.asarray(routing.keep), np.r_[mix, 0.0][np.asarray(pft.inv)], 0)
     np.testing.assert_allclose(got, want, rtol=1e-6)

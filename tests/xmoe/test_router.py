@@ -7,6 +7,7 @@ from jaxlab.xmoe import MoEConfig, Routing, expert_capacity, top_k_gating
 from tests.oracles import moe as oracle
 
 RNG = np.random.default_rng(0)
+gate = jax.jit(top_k_gating, static_argnums=1, static_argnames="train")
 
 
 def config(experts=8, top_k=3, **changes):
@@ -29,7 +30,7 @@ def test_every_weight_and_drop_policy(combine):
     logits = (RNG.normal(size=(24, 8)) * 2).astype(np.float32)
     for drop, factor, least in (("none", 1.0, 4), ("probs", 0.6, 1), ("position", 0.6, 1), ("probs", 1.0, 11)):
         cfg = config(drop_policy=drop, combine_weight=combine, capacity_factor=factor, min_capacity=least)
-        routing = jax.jit(lambda x: top_k_gating(x, cfg, train=True))(logits)  # noqa: B023
+        routing = gate(logits, cfg, train=True)
         check(routing, oracle.route(logits, 3, combine=combine, drop=drop, factor=factor, min_capacity=least))
         assert drop == "none" or least > 4 or not np.all(routing.keep)
 
@@ -41,8 +42,8 @@ def test_capacity():
     assert expert_capacity(0, 3, 2, 1.0, 2) == 2
     cfg = config(drop_policy="probs", capacity_factor=2, eval_capacity_factor=0.5, min_capacity=1)
     logits = jnp.zeros((16, 8))
-    assert top_k_gating(logits, cfg, train=True).capacity == 12
-    assert top_k_gating(logits, cfg, train=False).capacity == 3
+    assert gate(logits, cfg, train=True).capacity == 12
+    assert gate(logits, cfg, train=False).capacity == 3
     with pytest.raises(ValueError, match="capacity_factor must be positive, got 0"):
         expert_capacity(8, 4, 2, 0, 4)
 
@@ -51,7 +52,7 @@ def test_ties_go_to_the_lower_index():
     logits = np.zeros((6, 4), np.float32)
     for drop in ("probs", "position"):
         cfg = config(4, 2, drop_policy=drop, capacity_factor=0.01, min_capacity=2)
-        routing = top_k_gating(logits, cfg, train=True)
+        routing = gate(logits, cfg, train=True)
         np.testing.assert_array_equal(routing.expert_ids, [[0, 1]] * 6)
         np.testing.assert_array_equal(routing.keep[:, 0], [True] * 2 + [False] * 4)
 
@@ -61,7 +62,7 @@ def test_ranks_are_exact_beyond_half_precision():
     tokens = 5000
     logits = np.stack([np.linspace(1, 3, tokens), np.zeros(tokens)], axis=1).astype(np.float32)
     cfg = config(2, 1, drop_policy="probs", capacity_factor=1.2)
-    routing = top_k_gating(logits, cfg, train=True)
+    routing = gate(logits, cfg, train=True)
     np.testing.assert_array_equal(np.flatnonzero(routing.keep[:, 0]), np.arange(tokens - routing.capacity, tokens))
 
 
@@ -69,14 +70,14 @@ def test_negative_logits_are_no_worse_than_none():
     """The released padded path ranks selected negative logits behind entries that nobody selected."""
     logits = np.array([[-3.0, -9.0], [-1.0, -9.0], [-2.0, -9.0]], np.float32)
     cfg = config(2, 1, drop_policy="probs", combine_weight="logits", capacity_factor=0.01, min_capacity=2)
-    np.testing.assert_array_equal(top_k_gating(logits, cfg, train=True).keep[:, 0], [False, True, True])
+    np.testing.assert_array_equal(gate(logits, cfg, train=True).keep[:, 0], [False, True, True])
 
 
 def test_selection_bias_chooses_and_does_not_weigh():
     logits = (RNG.normal(size=(12, 8))).astype(np.float32)
     bias = RNG.normal(size=8).astype(np.float32)
     cfg = config(combine_weight="sigmoid", drop_policy="probs", capacity_factor=0.7, min_capacity=1)
-    routing = top_k_gating(logits, cfg, train=True, selection_bias=bias)
+    routing = gate(logits, cfg, train=True, selection_bias=bias)
     want = oracle.route(logits, 3, combine="sigmoid", drop="probs", factor=0.7, min_capacity=1, selection_bias=bias)
     check(routing, want)
 
@@ -84,7 +85,7 @@ def test_selection_bias_chooses_and_does_not_weigh():
 def test_balance_is_one():
     logits = np.where(np.arange(16)[:, None] % 8 == np.arange(8), 60.0, 0.0)
     logits += np.where((np.arange(16)[:, None] + 1) % 8 == np.arange(8), 60.0, 0.0)
-    routing = top_k_gating(logits.astype(np.float32), config(8, 2, drop_policy="position"), train=True)
+    routing = gate(logits.astype(np.float32), config(8, 2, drop_policy="position"), train=True)
     np.testing.assert_allclose(routing.aux_loss, 1.0, rtol=1e-6)
 
 
@@ -105,12 +106,12 @@ def test_gradients():
 
 
 def test_edges():
-    assert top_k_gating(jnp.zeros((0, 8)), config(), train=True).aux_loss == 0
-    every = top_k_gating(jnp.asarray(RNG.normal(size=(1, 4)), jnp.float32), config(4, 4), train=True)
+    assert gate(jnp.zeros((0, 8)), config(), train=True).aux_loss == 0
+    every = gate(jnp.asarray(RNG.normal(size=(1, 4)), jnp.float32), config(4, 4), train=True)
     assert sorted(np.asarray(every.expert_ids)[0]) == [0, 1, 2, 3]
     for combine in ("softmax", "sigmoid"):
         cfg = config(combine_weight=combine, drop_policy="probs", capacity_factor=0.5, min_capacity=1)
-        broken = top_k_gating(jnp.full((5, 8), jnp.nan), cfg, train=True)
+        broken = gate(jnp.full((5, 8), jnp.nan), cfg, train=True)
         assert np.all((np.asarray(broken.expert_ids) >= 0) & (np.asarray(broken.expert_ids) < 8))
         for row in np.asarray(broken.expert_ids):
             assert len(set(row)) == 3
