@@ -40,15 +40,12 @@ def trainable(
         raise typer.BadParameter(str(error)) from None
     found = []
     for outcome in planning.survey(sizes, systems, counts, gpu=gpu, remat=remat):
-        largest = planning.most_layers(outcome, gpu=gpu) if most else None
-        found.append((outcome, largest))
+        layers = planning.most_layers(outcome, gpu=gpu) if most else None
+        found.append((outcome, layers))
         if not as_json:
-            typer.echo(planning.line(outcome, gpu, largest, header=len(found) == 1))
+            typer.echo(planning.line(outcome, gpu, layers, header=len(found) == 1))
     if as_json:
-        rows = [
-            {**outcome.to_dict(), "fits": outcome.fits(gpu), "most": None if largest is None else largest.to_dict()}
-            for outcome, largest in found
-        ]
+        rows = [{**outcome.to_dict(), "fits": outcome.fits(gpu), "most_layers": layers} for outcome, layers in found]
         typer.echo(json.dumps({"gpu": gpu, "usable_bytes": planning.usable(gpu), "outcomes": rows}, indent=1))
     else:
         typer.echo(planning.verdict([outcome for outcome, _ in found], gpu))

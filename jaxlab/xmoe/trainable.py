@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxlab.core.plan import Plan, Target
+    from jaxlab.models.decoder import DecoderConfig
     from jaxlab.training import TrainConfig
 
 SIZES = ("small", "medium", "large", "super")
@@ -171,6 +172,7 @@ def training_config(
 
     config = core.load_config(TrainConfig, recipes.find_config(f"configs/xmoe/{known_size(size)}.yaml"))
     how = SYSTEMS[known_system(system)]
+    assert config.model.moe is not None
     mesh, axes = layout(system, config.model.moe.num_experts, devices, tensor)
     model = dataclasses.replace(
         config.model, remat=remat, num_hidden_layers=config.model.num_hidden_layers if layers is None else layers
@@ -206,6 +208,7 @@ def _target(gpu: str, devices: int, mesh: tuple[tuple[str, int], ...]) -> "Targe
     return target(gpu, f"1x{max(1, devices // NODE)}x{min(devices, NODE)}", dict(mesh))
 
 
+@functools.cache
 def outcome(
     system: str,
     size: str,
@@ -222,7 +225,7 @@ def outcome(
 
     config = training_config(system, size, devices, tensor, remat=remat, layers=layers)
     over = _target(gpu, devices, tuple(config.mesh.items()))
-    states, parameters = _states(config, over)
+    states = _states(config, over)
     started = time.perf_counter()
     compiled = sum(states.values()) <= usable(max(("mi250x", "h100", gpu), key=lambda name: GPUS[name].memory_bytes))
     sizes = training.plan(config, over).bytes if compiled else {**states, "total": sum(states.values())}
@@ -230,7 +233,7 @@ def outcome(
         system=system,
         size=size,
         layers=config.model.num_hidden_layers,
-        parameters=parameters,
+        parameters=_parameter_count(config.model),
         devices=devices,
         mesh=dict(config.mesh),
         tensor=tensor,
@@ -270,7 +273,7 @@ def estimate(
     from jaxlab.xmoe.memory import activation_memory
 
     config = training_config(system, size, devices, tensor, remat=remat, layers=layers)
-    states, _ = _states(config, _target("mi250x", devices, tuple(config.mesh.items())))
+    states = _states(config, _target("mi250x", devices, tuple(config.mesh.items())))
     how, item = SYSTEMS[system], jnp.dtype(config.model.dtype).itemsize
     mode = "ted" if how.slices_experts else how.dispatch if how.dispatch in ("padded", "tutel") else "pft"
     cfg = dataclasses.replace(config.moe.layer_config(config.model), drop_policy="probs")
@@ -282,27 +285,41 @@ def estimate(
     return int(sum(states.values()) + config.model.num_hidden_layers * kept + 2 * layer)
 
 
-def most_layers(found: Outcome, *, gpu: str = "mi250x") -> Outcome | None:
-    """The largest network of `found`'s shape and layout that fits `gpu`, by its number of layers; None: not even one.
+def most_layers(found: Outcome, *, gpu: str = "mi250x") -> int:
+    """How many layers of `found`'s shape and layout fit `gpu`; 0: not even two.
 
-    Bytes are affine in the layers, which are scanned: two compilations predict the number, a third and if need be
-    further ones decide.
+    Layers are scanned, so bytes grow by the same amount with each: a line through `found` and one more compilation.
     """
+    few = max(2, found.layers // 4)
+    less = outcome(found.system, found.size, found.devices, found.tensor, gpu=gpu, remat=found.remat, layers=few)
+    if not found.compiled or not less.compiled:
+        return 0
+    slope = (found.total - less.total) / (found.layers - few)
+    layers = found.layers + math.floor((usable(gpu) - found.total) / slope)
+    return layers if layers >= 2 else 0
 
-    def of(layers: int) -> Outcome:
-        return outcome(found.system, found.size, found.devices, found.tensor, gpu=gpu, remat=found.remat, layers=layers)
 
-    few, more = of(2), of(6)
-    if not few.compiled or not more.compiled:
-        return None
-    slope = (more.total - few.total) / 4
-    layers = int((usable(gpu) - few.total) / slope) + 2
-    while layers >= 1:
-        tried = of(layers)
-        if tried.fits(gpu):
-            return tried
-        layers -= max(1, math.ceil((tried.total - usable(gpu)) / slope)) if tried.compiled else 1
-    return None
+def parameters(size: str, layers: int) -> int:
+    """Of a network of a size's shape with so many layers."""
+    few, more = (_parameter_count(training_config("padded", size, NODE, layers=count).model) for count in (2, 3))
+    return few + (layers - 2) * (more - few)
+
+
+def largest(
+    system: str, devices: int, *, gpus: Sequence[str] = ("mi250x", "h100"), remat: str = "none"
+) -> tuple[dict[str, Outcome], dict[str, str | None]]:
+    """The largest of the sizes that a system trains on so many GPUs of each kind.
+
+    Returns:
+      The outcomes, from the largest size down to the first that fits all `gpus` (smaller ones do then, too), and the
+      largest size for each of them, None where nothing fits.
+    """
+    found: dict[str, Outcome] = {}
+    for size in reversed(SIZES):
+        found[size] = best(system, size, devices, gpu=min(gpus, key=usable), remat=remat)
+        if all(found[size].fits(gpu) for gpu in gpus):
+            break
+    return found, {gpu: next((size for size, each in found.items() if each.fits(gpu)), None) for gpu in gpus}
 
 
 def survey(
@@ -322,14 +339,20 @@ def survey(
 _KINDS = ("parameters", "optimizer", "temporaries")
 
 
-def line(found: Outcome, gpu: str, largest: Outcome | None = None, *, header: bool = False) -> str:
+def line(found: Outcome, gpu: str, most: int | None = None, *, header: bool = False) -> str:
     """An outcome as a row of a text table, in GiB."""
     kinds = "".join(f"{found.bytes[kind] / 2**30:>13.2f}" if kind in found.bytes else f"{'-':>13}" for kind in _KINDS)
     fits = "yes" if found.fits(gpu) else "no" if found.compiled else "no: states"
-    most = f"  most: {largest.layers} layers, {largest.parameters / 1e9:.1f} B" if largest is not None else ""
+    told = (
+        ""
+        if most is None
+        else f"  at most {most} layers, {parameters(found.size, most) / 1e9:.1f} B"
+        if most
+        else "  none"
+    )
     row = (
         f"{found.system:14}{found.size:8}{found.devices:>6}{found.tensor:>4}{found.expert_parallel:>5}{kinds}"
-        f"{found.total / 2**30:>9.2f}  {fits:10}{found.seconds:>5.0f} s{most}"
+        f"{found.total / 2**30:>9.2f}  {fits:10}{found.seconds:>5.0f} s{told}"
     )
     if not header:
         return row
@@ -349,15 +372,14 @@ def verdict(found: Sequence[Outcome], gpu: str) -> str:
     return "\n".join(lines)
 
 
-def _states(config: "TrainConfig", over: "Target") -> tuple[dict[str, int], int]:
-    """Bytes of one device's parameters, moments and gradients (the part it updates), and the number of parameters."""
+def _states(config: "TrainConfig", over: "Target") -> dict[str, int]:
+    """Bytes of one device's parameters, moments and gradients (the part it updates)."""
     import jax
     from flax import linen as nn
 
-    from jaxlab.models.decoder import Decoder, abstract_params
     from jaxlab.training.sharding import gradient_shardings, params_shardings
 
-    names = abstract_params(Decoder(config.model, mlp=config.moe))
+    names = _names(config.model, config.moe.tp_axis in config.moe.expert_axes)
     params = nn.meta.unbox(names)
 
     def held(places: Any) -> int:
@@ -367,12 +389,23 @@ def _states(config: "TrainConfig", over: "Target") -> tuple[dict[str, int], int]
         return sum(jax.tree.leaves(sizes))
 
     updated = held(gradient_shardings(params, over.mesh, names))
-    states = {
-        "parameters": held(params_shardings(params, over.mesh, names)),
-        "optimizer": 2 * updated,
-        "gradients": updated,
-    }
-    return states, sum(leaf.size for leaf in jax.tree.leaves(params))
+    whole = held(params_shardings(params, over.mesh, names))
+    return {"parameters": whole, "optimizer": 2 * updated, "gradients": updated}
+
+
+@functools.cache
+def _names(model: "DecoderConfig", shards_sequence: bool) -> Any:
+    """The parameters' shapes with their logical axis names, which of the layout only SSMB decides."""
+    from jaxlab.models.decoder import Decoder, MoEPolicy, abstract_params
+
+    how = MoEPolicy(expert_axes=("tensor",), tp_axis="tensor") if shards_sequence else MoEPolicy()
+    return abstract_params(Decoder(model, mlp=how))
+
+
+def _parameter_count(model: "DecoderConfig") -> int:
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(_names(model, False)))
 
 
 def _tensors(size: str, devices: int) -> tuple[int, ...]:
