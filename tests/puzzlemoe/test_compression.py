@@ -29,8 +29,7 @@ def decoded(packed, name, expert):
     return unpack(words[slot], pos) if slot < len(words) else dense[slot - len(words)]
 
 
-@pytest.mark.parametrize("unmerged", ["bf16", "packed"])
-@pytest.mark.parametrize("norm", ["sum", "tokens"])
+@pytest.mark.parametrize(("norm", "unmerged"), [("sum", "bf16"), ("tokens", "packed")])
 def test_words_and_slots(half, stats, norm, unmerged):
     cfg = PuzzleConfig(norm=norm, unmerged=unmerged, underflow="nearest", tau=0.3)
     packed = compress_experts(*half, stats, PAIRS, cfg)
@@ -66,9 +65,8 @@ def test_all_paired_and_odd_counts(half):
     np.testing.assert_array_equal(odd.dense_down[0], half[2][3])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
-def test_other_dtypes_and_host_arrays(half, dtype):
-    wide = [np.asarray(w.astype(dtype)) for w in half]
+def test_other_dtypes_and_host_arrays(half):
+    wide = [np.asarray(w.astype(jnp.float16)) for w in half]
     got = compress_experts(*wide, None, PAIRS, PuzzleConfig())
     want = compress_experts(*(jnp.asarray(w) for w in wide), None, PAIRS, PuzzleConfig())
     jax.tree.map(np.testing.assert_array_equal, got, want)
