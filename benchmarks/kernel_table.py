@@ -22,8 +22,10 @@ from jaxlab import _platform
 from jaxlab.core.errors import MissingExtra
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.packed_moe_matmul import packed_moe_matmul
 from tests.oracles import attention as attention_oracle
 from tests.oracles import grouped_matmul as grouped_oracle
+from tests.oracles import packed_moe_matmul as packed_oracle
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 GPUS = ("h100", "a100")
@@ -87,6 +89,26 @@ def _attention_gpu_shapes():
     return array((1, 8192, 16, 128)), array((1, 8192, 4, 128)), array((1, 8192, 4, 128)), array((1, 8192, 16, 128))
 
 
+def _packed(x, words, sizes, slots, members, cotangent):
+    experts = packed_oracle.matrices(words, None, slots, members)
+    return packed_oracle.product(x, experts, sizes), packed_oracle.gradient(experts, sizes, cotangent)
+
+
+def _packed_arrays():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(256, 512)), jnp.float32)
+    # Any signs and masks, magnitudes below 2.
+    words = jnp.asarray((rng.integers(0, 2**16, (4, 512, 512)) & ~0x0800).astype(np.uint16))
+    sizes, (slots, members) = rng.multinomial(256, np.full(8, 1 / 8)), np.divmod(np.arange(8), 2)
+    return x, words, *(jnp.asarray(array, jnp.int32) for array in (sizes, slots, members))
+
+
+def _packed_gpu_shapes():
+    array, half = jax.ShapeDtypeStruct, jnp.bfloat16
+    places = [array((8,), jnp.int32)] * 3
+    return array((4096, 512), half), array((4, 512, 256), jnp.uint16), *places, array((4096, 256), half)
+
+
 OPS = (
     Op(
         name="grouped_matmul",
@@ -119,6 +141,20 @@ OPS = (
         differentiate=(0, 1, 2),
         gpu_shapes=_attention_gpu_shapes,
         gpu_shape="1 row of 8192 tokens, 16 heads over 4, 128 wide, causal, bfloat16",
+    ),
+    Op(
+        name="packed_moe_matmul",
+        what="Rows times the bit-packed matrix of their expert (PuzzleMoE), decoded on the way.",
+        function=packed_moe_matmul,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton",),
+        arrays=_packed_arrays,
+        shape="256 rows, 8 experts of uneven load in 4 slots, 512 x 512 matrices",
+        oracle=_packed,
+        differentiate=(0,),
+        gpu_shapes=_packed_gpu_shapes,
+        gpu_shape="4096 rows, 8 experts in 4 slots, 512 x 256 matrices, bfloat16 rows",
     ),
 )
 
