@@ -105,8 +105,8 @@ def compile(
     jitted: Any = fn
     if not (plain and hasattr(fn, "lower")):
         jitted = jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
-    # The mesh is in force either way: layers that spread over one find it there, as in a training step.
-    with compat.tracing_for(mesh=target.mesh) if target.platform == "cuda" else jax.set_mesh(target.mesh):
+    # The mesh is in force: layers that spread over one find it there, as in a training step.
+    with compat.tracing_for(mesh=target.mesh):
         lowered = jitted.lower(*args)
     compiled, modules = _compile(lowered, target)
     text = compiled.as_text()
