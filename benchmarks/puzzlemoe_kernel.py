@@ -10,6 +10,8 @@ import numpy as np
 from jax import lax
 
 from benchmarks.harness import Case, interleaved
+from jaxlab.core.errors import MissingExtra
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_moe_matmul import packed_moe_matmul, unpack
 
 SYSTEM = "puzzlemoe"
@@ -83,6 +85,30 @@ def cases(quick: bool) -> Iterator[Case]:
                 yield _timed(what, run, ragged, "lax.ragged_dot", RAGGED_BARS[rows], 3 if quick else 5)
             mib = (ours.memory_analysis().temp_size_in_bytes / MIB, WIDTH * FFN * 2 / MIB)
             yield Case(SYSTEM, what, "temporary MiB", *mib, "one decoded bfloat16 matrix", 1 / TEMPORARY_MATRICES)
+    try:
+        mib = [gpu_temporaries(program) / MIB for program in (packed_moe_matmul, decoded_matmul)]
+    except MissingExtra:
+        return
+    yield Case(SYSTEM, "packed_moe_matmul, 256 rows bfloat16, H100", "temporary MiB", *mib, "all experts decoded")
+
+
+def decoded_matmul(
+    x: jax.Array, words: jax.Array, group_sizes: jax.Array, slot_of: jax.Array, pos_of: jax.Array
+) -> jax.Array:
+    """What one would write without a kernel: every expert decoded, then the grouped product."""
+    return grouped_matmul(x, unpack(words[slot_of], pos_of[:, None, None], x.dtype), group_sizes)
+
+
+def gpu_temporaries(program: Any) -> int:
+    """Bytes of temporaries, compiled for an H100 that need not be there.
+
+    Raises:
+      MissingExtra: the GPU compiler is not installed.
+    """
+    from jaxlab.core import plan
+
+    args = jax.eval_shape(lambda: inputs(256, jnp.bfloat16))
+    return plan.compile(program, *args, target=plan.target("h100"), labels=["input"] * 5).bytes["temporaries"]
 
 
 def _timed(what: str, ours: Any, peer: Any, peer_name: str, bar: float, repeats: int) -> Case:

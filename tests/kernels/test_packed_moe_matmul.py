@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.packed_moe_matmul import packed_moe_matmul, reference, unpack
+from pallas_kernels.packed_moe_matmul import packed_moe_matmul, reference, triton, unpack
 from pallas_kernels.packed_moe_matmul.bits import Slots
 from tests.aot import needs_aot, needs_ptxas
 from tests.kernels import harness
@@ -147,6 +147,30 @@ def test_every_word_within_the_products(implementation, rows):
         sizes = np.array([rows, 0]) if pos == 0 else np.array([0, rows])
         got = run(jnp.eye(rows), words, sizes, np.zeros(2, np.int32), np.arange(2))
         np.testing.assert_array_equal(got, oracle.unpack(words[0], pos))
+
+
+def test_words_are_loaded_once_for_both_members(monkeypatch):
+    loads, decodes = [], []
+    load, decode = triton._load, triton.decode
+
+    def counting_load(ref, *where):
+        loads.extend([ref.shape] if ref.dtype == jnp.uint16 else [])
+        return load(ref, *where)
+
+    def counting_decode(words, pos, dtype):
+        decodes.append(words.shape)
+        return decode(words, pos, dtype)
+
+    monkeypatch.setattr(triton, "_load", counting_load)
+    monkeypatch.setattr(triton, "decode", counting_decode)
+    places = [jnp.array([1, 1]), jnp.array([0, 0]), jnp.array([0, 1])]
+    # A shape of its own, so that it is traced here.
+    jax.jit(functools.partial(packed_moe_matmul, implementation="interpret")).lower(
+        jnp.ones((2, 17)), jnp.ones((1, 17, 33), jnp.uint16), *places
+    )
+    # One loop for a row alone, one for a row and its mate's.
+    assert len(loads) == 2
+    assert len(decodes) == 3
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
