@@ -26,7 +26,6 @@ def test_against_the_oracle(layer, x, renormalise):
 
 
 def test_shapes_and_dtypes(layer, x):
-    assert apply_moe_layer(layer, x[0, 0]).shape == (D,)
     assert apply_moe_layer(layer, x[:, :0]).shape == (2, 0, D)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), layer)
     got = apply_moe_layer(half, x[0].astype(jnp.bfloat16))
