@@ -26,8 +26,9 @@ class Collective:
     """One kind of communication in a program.
 
     `bytes` is the size of the full buffer on each device, once: the gathered array of an all-gather, the array before
-    a reduce-scatter, the array of any other (the rows' buffer of a ragged-all-to-all, an upper bound). A program that
-    runs it moves `bytes` `count` times; loops whose length XLA knows are multiplied in, others count once.
+    a reduce-scatter, the array of any other. Of a ragged-all-to-all it is an upper bound: the smaller one of the rows'
+    buffers at both ends. A program that runs it moves `bytes` `count` times; loops whose length XLA knows are
+    multiplied in, others count once.
     """
 
     op: str
@@ -196,7 +197,7 @@ def _size(op: str, instruction: _Instruction, types: dict[str, str], groups: lis
     operands = re.findall(r"%([\w.\-$]+)", instruction.operands)
     sizes = [_bytes(types[name]) for name in operands]
     if op == "ragged-all-to-all":
-        return sizes[0]
+        return min(sizes[:2])  # what is sent, and the buffer it is received into
     return sum(sizes) * (len(groups[0]) if op == "all-gather" else 1)
 
 

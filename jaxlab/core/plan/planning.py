@@ -4,7 +4,7 @@ import math
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,6 +80,7 @@ def compile(
     labels: Sequence[Any],
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Compiles `fn` for `target` and reports bytes, collectives and kernels. Never executes.
 
@@ -92,6 +93,7 @@ def compile(
         (a train state) a tree of kinds that is a prefix of it. Static arguments may be left out.
       donate_argnums: arguments whose memory outputs may reuse.
       static_argnums: arguments that are constants of the program.
+      options: further options of XLA's compiler, by the names of its flags.
 
     Raises:
       ValueError: labels that are unknown or do not match the arguments, or a sharding outside `target.mesh`.
@@ -108,7 +110,7 @@ def compile(
     # The mesh is in force: layers that spread over one find it there, as in a training step.
     with compat.tracing_for(mesh=target.mesh):
         lowered = jitted.lower(*args)
-    compiled, modules = _compile(lowered, target)
+    compiled, modules = _compile(lowered, target, dict(options or {}))
     text = compiled.as_text()
     memory = compiled.memory_analysis()
     sizes = _argument_bytes(args, kinds, static)
@@ -206,14 +208,14 @@ def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return -(-count * bits // 8)
 
 
-def _compile(lowered: Any, target: Target) -> tuple[Any, list[str]]:
+def _compile(lowered: Any, target: Target, options: dict[str, Any]) -> tuple[Any, list[str]]:
     """The executable, and the PTX modules the compiler made on its way."""
     if target.platform == "cpu":
-        return lowered.compile(), []
+        return lowered.compile(compiler_options=options or None), []
     with tempfile.TemporaryDirectory() as folder, _lock, _no_cache_writes(), _outputs_as_compiled(target):
         # A program for absent devices cannot be read back from JAX's persistent cache, and XLA writes PTX only when it
         # compiles; the pattern is part of the cache key, so a unique one is never found there.
-        options = {"xla_dump_to": folder, "xla_dump_emitter_re": f"ptx|{uuid.uuid4().hex}"}
+        options |= {"xla_dump_to": folder, "xla_dump_emitter_re": f"ptx|{uuid.uuid4().hex}"}
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
