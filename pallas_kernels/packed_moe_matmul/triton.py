@@ -113,7 +113,8 @@ def _tile_kernel(
     first = at.start(expert) + (unit - _sum(jnp.where(at.index < expert, heights, 0))) * tiles.rows
     # Units past the last expert write the zeros of the rows that belong to none: no step, and the array as the end.
     owned = expert < at.experts
-    end = jnp.where(owned, at.start(expert) + _pick(own, at.sizes), m)
+    # (Nor do traced sizes that exceed the array, which cannot be an error, make a program write past it.)
+    end = jnp.minimum(jnp.where(owned, at.start(expert) + _pick(own, at.sizes), m), m)
     slot, member = _pick(own, at.slots), _pick(own, at.members)
 
     row = first + jnp.arange(tiles.rows, dtype=jnp.int32)
@@ -154,7 +155,7 @@ def _tile_kernel(
 
 def _row_kernel(*refs: Any, act: str | None, packed: int, gated: bool, tiles: Tiles) -> None:
     at = _Refs(refs, gated)
-    (_, k), (_, n) = at.rows.shape, at.out.shape
+    (m, k), (_, n) = at.rows.shape, at.out.shape
     column_tiles = pl.cdiv(n, tiles.columns)
     row, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
     column = column_tile * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
@@ -168,8 +169,9 @@ def _row_kernel(*refs: Any, act: str | None, packed: int, gated: bool, tiles: Ti
     mates = (at.slots == slot) & (at.index < at.experts)
     other = mates & (at.members != member)
     rank = row - at.start(expert)
-    shared = owned & (slot < packed) & (_count(other) == 1) & (_count(mates) == 2) & (_pick(other, at.sizes) > rank)
     other_row = at.start(_pick(other, at.index)) + rank
+    one_each = (_count(other) == 1) & (_count(mates) == 2)
+    shared = owned & (slot < packed) & one_each & (_pick(other, at.sizes) > rank) & (other_row < m)
     alone, both = owned & ~shared, shared & (member == 0)
 
     def step(stacks, slot, sources, readers):
