@@ -201,6 +201,9 @@ def _where(config: MoEConfig, mesh: Any, x: Array) -> tuple[MoEConfig, Any]:
         raise ValueError(f"expert_axes and tp_axis: {missing} are no axes of the mesh, which has {tuple(mesh.shape)}")
     parts = mesh.shape[config.tp_axis] if config.tp_axis else 1
     _check_divisible(config, math.prod(mesh.shape[axis] for axis in config.expert_axes), parts)
+    if isinstance(mesh, Mesh) and ambient.empty:
+        # JAX's own make_mesh makes explicit axes, over which a shard_map takes no array that is not sharded yet.
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     return config, mesh
 
 
