@@ -19,10 +19,11 @@ PAPER = {
 
 
 def items() -> Iterator[Item]:
-    """The tables, cheapest questions last: later ones use what earlier ones have compiled."""
+    """The tables; later ones use what earlier ones have compiled, where one process makes all."""
     yield from _headline()
     yield from _paper_sizes()
-    yield from _largest()
+    yield from _most()
+    yield from _fewest()
 
 
 def _headline() -> Iterator[Item]:
@@ -52,16 +53,27 @@ def _paper_sizes() -> Iterator[Item]:
             )
 
 
-def _largest() -> Iterator[Item]:
-    title = "The largest that can be trained, nothing recomputed; most: of the named shape, by its number of layers"
-    for devices in DEVICES:
+def _fewest() -> Iterator[Item]:
+    title = f"The fewest of {DEVICES} GPUs that train a size, nothing recomputed, and GiB on one of them"
+    for size in ("small", "medium", "large", "super"):
         for system in SYSTEMS:
             yield Item(
-                name=f"largest, {devices}, {system}",
+                name=f"fewest, {size}, {system}",
                 table=title,
-                settings=_settings(system, "all", devices, "none"),
-                run=lambda system=system, devices=devices: _largest_row(system, devices),
+                settings={**_settings(system, size, 0, "none"), "devices": DEVICES},
+                run=lambda system=system, size=size: _fewest_row(system, size),
             )
+
+
+def _most() -> Iterator[Item]:
+    title = "The largest network of Super's shape on 1024 GPUs, nothing recomputed, by its number of layers"
+    for system in SYSTEMS:
+        yield Item(
+            name=f"most, {system}",
+            table=title,
+            settings=_settings(system, "super", 1024, "none"),
+            run=lambda system=system: _most_row(system),
+        )
 
 
 def _settings(system: str, size: str, devices: int, remat: str) -> dict[str, Any]:
@@ -118,17 +130,25 @@ def _beside_paper(system: str, size: str, devices: int) -> dict[str, Any]:
     }
 
 
-def _largest_row(system: str, devices: int) -> dict[str, Any]:
+def _fewest_row(system: str, size: str) -> dict[str, Any]:
     from jaxlab.xmoe import trainable
 
-    found, sizes = trainable.largest(system, devices)
-    row: dict[str, Any] = {"GPUs": devices, "system": trainable.SYSTEMS[system].title}
-    row |= {f"size, {memory}": sizes[gpu] or "none" for gpu, memory in GPUS.items()}
-    row["GiB"] = ", ".join(
-        f"{size} {_gib(each.total)}{'' if each.compiled else ' (states)'}" for size, each in found.items()
-    )
+    row: dict[str, Any] = {"size": size, "system": trainable.SYSTEMS[system].title}
     for gpu, memory in GPUS.items():
-        size = sizes[gpu]
-        layers = trainable.most_layers(found[size], gpu=gpu) if size else 0
-        row[f"most, {memory}"] = f"{layers} layers, {trainable.parameters(size, layers) / 1e9:.1f} B" if layers else "-"
+        found = trainable.fewest(system, size, DEVICES, gpu=gpu)
+        row[f"GPUs, {memory}"] = "none" if found is None else found.devices
+        row[f"GiB, {memory}"] = None if found is None else _gib(found.total)
+        row[f"TP, {memory}"] = None if found is None else found.tensor
+    return row
+
+
+def _most_row(system: str) -> dict[str, Any]:
+    from jaxlab.xmoe import trainable
+
+    found = trainable.best(system, "super", 1024)
+    row: dict[str, Any] = {"system": trainable.SYSTEMS[system].title, "TP": found.tensor}
+    for gpu, memory in GPUS.items():
+        layers = trainable.most_layers(found, gpu=gpu)
+        row[f"layers, {memory}"] = layers
+        row[f"parameters, B, {memory}"] = round(trainable.parameters("super", layers) / 1e9, 1) if layers else 0.0
     return row

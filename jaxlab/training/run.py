@@ -293,7 +293,7 @@ def _curve(steps: list[dict[str, float]], evaluations: list[dict[str, float]]) -
     return drawn
 
 
-def plan(config: TrainConfig, target: planning.Target) -> planning.Plan:
+def plan(config: TrainConfig, target: planning.Target, *, options: Mapping[str, Any] | None = None) -> planning.Plan:
     """Compiles the training step of `config` for a target, which need not be there; nothing is executed.
 
     Parameters and moments lie on the target's mesh by their logical axis names, the batch over its data axes.
@@ -301,6 +301,7 @@ def plan(config: TrainConfig, target: planning.Target) -> planning.Plan:
     Args:
         config: The run; `config.mesh` is not read, the target has one.
         target: From `jaxlab.core.plan.target`.
+        options: Of XLA's compiler, as in `jaxlab.core.plan.compile`.
 
     Returns:
         Bytes of one device by kind (parameters, optimizer, input), collectives and kernels.
@@ -321,4 +322,4 @@ def plan(config: TrainConfig, target: planning.Target) -> planning.Plan:
     labels = TrainState(step="optimizer", params="parameters", opt_state="optimizer", rng="optimizer")
     update = update_function(loss, tx, config.accumulate, gradients_lie)
     step = jax.jit(update, donate_argnums=0, out_shardings=(where, None))
-    return planning.compile(step, state, batch, target=target, labels=(labels, "input"))
+    return planning.compile(step, state, batch, target=target, labels=(labels, "input"), options=options)

@@ -26,6 +26,11 @@ RECV_BUFFER_FACTOR = 1.5
 dropless dispatch, and RBD's rows inside a node. With dropping no expert gets more than the capacity factor's 1.25."""
 
 
+_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_backend_optimization_level": 0}
+"""Where no device can be tried, XLA's own Triton generator fails for some of these matrix products; they are cuBLAS's.
+Only buffers are read here, so the kernels' code need not be optimised."""
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
     """A way to train a mixture of experts.
@@ -198,7 +203,7 @@ def compile_step(
     from jaxlab import training
 
     config = training_config(system, size, devices, tensor, **options)
-    return training.plan(config, _target(gpu, devices, tuple(config.mesh.items())))
+    return training.plan(config, _target(gpu, devices, tuple(config.mesh.items())), options=_OPTIONS)
 
 
 @functools.lru_cache(maxsize=4)
@@ -208,7 +213,6 @@ def _target(gpu: str, devices: int, mesh: tuple[tuple[str, int], ...]) -> "Targe
     return target(gpu, f"1x{max(1, devices // NODE)}x{min(devices, NODE)}", dict(mesh))
 
 
-@functools.cache
 def outcome(
     system: str,
     size: str,
@@ -219,16 +223,25 @@ def outcome(
     remat: str = "none",
     layers: int | None = None,
 ) -> Outcome:
-    """Compiles a system's training step, unless its states alone exceed every preset's memory."""
+    """Compiles a system's training step, unless its states alone exceed the memory of both 64 and 80 GB devices.
+
+    The two presets differ in their memory alone, so one compilation, for 64 GB, answers for both.
+    """
+    return _outcome(system, size, devices, tensor, "mi250x" if gpu == "h100" else gpu, remat, layers)
+
+
+@functools.cache
+def _outcome(system: str, size: str, devices: int, tensor: int, gpu: str, remat: str, layers: int | None) -> Outcome:
     from jaxlab import training
-    from jaxlab.core.plan import GPUS
 
     config = training_config(system, size, devices, tensor, remat=remat, layers=layers)
     over = _target(gpu, devices, tuple(config.mesh.items()))
     states = _states(config, over)
     started = time.perf_counter()
-    compiled = sum(states.values()) <= usable(max(("mi250x", "h100", gpu), key=lambda name: GPUS[name].memory_bytes))
-    sizes = training.plan(config, over).bytes if compiled else {**states, "total": sum(states.values())}
+    compiled = sum(states.values()) <= max(usable("h100"), usable(gpu))
+    sizes = (
+        training.plan(config, over, options=_OPTIONS).bytes if compiled else {**states, "total": sum(states.values())}
+    )
     return Outcome(
         system=system,
         size=size,
@@ -305,21 +318,19 @@ def parameters(size: str, layers: int) -> int:
     return few + (layers - 2) * (more - few)
 
 
-def largest(
-    system: str, devices: int, *, gpus: Sequence[str] = ("mi250x", "h100"), remat: str = "none"
-) -> tuple[dict[str, Outcome], dict[str, str | None]]:
-    """The largest of the sizes that a system trains on so many GPUs of each kind.
+def fewest(
+    system: str, size: str, devices: Sequence[int], *, gpu: str = "mi250x", remat: str = "none"
+) -> Outcome | None:
+    """The step on the fewest of `devices` GPUs that a system trains a size on; None: not even on the most of them.
 
-    Returns:
-      The outcomes, from the largest size down to the first that fits all `gpus` (smaller ones do then, too), and the
-      largest size for each of them, None where nothing fits.
+    More GPUs never need more of each, so the largest number is tried first and then the smaller ones from below.
     """
-    found: dict[str, Outcome] = {}
-    for size in reversed(SIZES):
-        found[size] = best(system, size, devices, gpu=min(gpus, key=usable), remat=remat)
-        if all(found[size].fits(gpu) for gpu in gpus):
-            break
-    return found, {gpu: next((size for size, each in found.items() if each.fits(gpu)), None) for gpu in gpus}
+    ordered = sorted(devices)
+    most = best(system, size, ordered[-1], gpu=gpu, remat=remat)
+    if not most.fits(gpu):
+        return None
+    tried = (best(system, size, count, gpu=gpu, remat=remat) for count in ordered[:-1])
+    return next((each for each in tried if each.fits(gpu)), most)
 
 
 def survey(
