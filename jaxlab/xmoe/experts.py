@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.xmoe.config import MoEConfig
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import PRODUCTS_NAME, grouped_matmul
 
 
 class Experts(NamedTuple):
@@ -73,7 +73,9 @@ def expert_ffn(
     return through_experts(rows, experts, config, multiply, gated=functools.partial(multiply, act="silu"))
 
 
-_made_again = functools.partial(jax.checkpoint, prevent_cse=False)
+_made_again = functools.partial(
+    jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(PRODUCTS_NAME)
+)
 
 
 def through_experts(
@@ -85,36 +87,39 @@ def through_experts(
 ) -> Float[Array, "..."]:
     """An expert's two or three products, of which the backward pass keeps little.
 
-    That is rows, the inner rows before the nonlinearity (with `gated` after it) and the matrices as they are stored.
-    Casts and the nonlinearity are made again, the products are not.
+    That is rows, the inner rows before the nonlinearity and the matrices as they are stored. Casts and the nonlinearity
+    are made again, the products are not.
 
     Args:
         rows: in the compute dtype, laid out as `multiply` wants them.
         experts: the matrices, stacked.
         config: the layer.
         multiply: `(rows, matrices) -> products`.
-        gated: `(rows, gate, rhs_up=up) -> silu(rows @ gate) * (rows @ up)` in one; None puts it together.
+        gated: `(rows, gate, rhs_up=up) -> silu(rows @ gate) * (rows @ up)` in one, `grouped_matmul`; None puts it
+            together.
     """
+    gate, up, down = experts
+    if gate is not None and gated is not None:
+
+        @_made_again
+        def both(rows, gate, up, down):
+            inner = gated(rows, gate.astype(rows.dtype), rhs_up=up.astype(rows.dtype))
+            return multiply(inner, down.astype(rows.dtype))
+
+        return both(rows, gate, up, down)
 
     @_made_again
-    def into(rows, matrix, up):
-        if up is None:
-            return multiply(rows, matrix.astype(rows.dtype))
-        assert gated is not None
-        return gated(rows, matrix.astype(rows.dtype), rhs_up=up.astype(rows.dtype))
+    def into(rows, matrix):
+        return multiply(rows, matrix.astype(rows.dtype))
 
     @_made_again
     def out_of(inner, factor, down):
-        if gated is None or experts.gate is None:
-            inner = act(inner, config.activation)
+        inner = act(inner, config.activation)
         return multiply(inner if factor is None else inner * factor, down.astype(inner.dtype))
 
-    gate, up, down = experts
     if gate is None:
-        return out_of(into(rows, up, None), None, down)
-    if gated is None:
-        return out_of(into(rows, gate, None), into(rows, up, None), down)
-    return out_of(into(rows, gate, up), None, down)
+        return out_of(into(rows, up), None, down)
+    return out_of(into(rows, gate), into(rows, up), down)
 
 
 @_made_again

@@ -7,6 +7,6 @@
 [4.0, 4.0, 8.0, 8.0, 0.0]
 """
 
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.api import PRODUCTS_NAME, grouped_matmul
 
-__all__ = ["grouped_matmul"]
+__all__ = ["PRODUCTS_NAME", "grouped_matmul"]

@@ -17,28 +17,25 @@ def activate(z: Array, act: str) -> Array:
     return z * (jax.nn.sigmoid(z) if act == "silu" else _normal_cdf(z))
 
 
-def gate_gradients(z: Array, u: Array, d_out: Array, act: str) -> tuple[Array, Array, Array]:
-    """act(z) * u, and the gradients of sum(d_out * act(z) * u) in z and u."""
+def gate_gradients(z: Array, u: Array, d_out: Array, act: str) -> tuple[Array, Array]:
+    """The gradients of sum(d_out * act(z) * u) in z and u."""
     share = jax.nn.sigmoid(z) if act == "silu" else _normal_cdf(z)
     slope = share * (1 - share) if act == "silu" else jnp.exp(-0.5 * z * z) * float(1 / np.sqrt(2 * np.pi))
-    gate = z * share
-    return gate * u, d_out * u * (share + z * slope), d_out * gate
+    return d_out * u * (share + z * slope), d_out * z * share
 
 
 def _normal_cdf(z: Array) -> Array:
     return 0.5 * (1 + lax.erf(z * float(np.sqrt(0.5))))
 
 
-def composed(
-    rows_times_weights: Callable[..., Array], weights_gradient: Callable[..., Array]
-) -> tuple[Callable[..., Array], Callable[..., tuple[Array, Array, Array]]]:
-    """The gated product and its gradients out of an implementation's plain products."""
+class Composed:
+    """The gated product, its two products and its gradients out of an implementation's plain products."""
 
-    def products(rows, gate, up, group_sizes):
-        precise = jnp.promote_types(jnp.result_type(rows, gate, up), jnp.float32)
-        return (rows_times_weights(rows, w, group_sizes, transpose=False, dtype=precise) for w in (gate, up))
+    def __init__(self, rows_times_weights: Callable[..., Array], weights_gradient: Callable[..., Array]):
+        self._rows_times_weights, self._weights_gradient = rows_times_weights, weights_gradient
 
-    def forward(
+    def gated(
+        self,
         rows: Float[Array, "m k"],
         gate: Float[Array, "g k n"],
         up: Float[Array, "g k n"],
@@ -47,24 +44,47 @@ def composed(
         act: str,
         dtype: DTypeLike,
     ) -> Float[Array, "m n"]:
-        z, u = products(rows, gate, up, group_sizes)
+        """Row i of group g gives `act(rows[i] @ gate[g]) * (rows[i] @ up[g])`; rows of no group give zero."""
+        precise = jnp.promote_types(jnp.result_type(rows, gate, up), jnp.float32)
+        z, u = self.products(rows, gate, up, group_sizes, dtype=precise)
         return (activate(z, act) * u).astype(dtype)
 
-    def gradients(
+    def products(
+        self,
         rows: Float[Array, "m k"],
         gate: Float[Array, "g k n"],
         up: Float[Array, "g k n"],
         group_sizes: Int[Array, " g"],
+        *,
+        dtype: DTypeLike,
+    ) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+        """Row i of group g gives `rows[i] @ gate[g]` and `rows[i] @ up[g]`; rows of no group give zeros."""
+        z, u = (
+            self._rows_times_weights(rows, weights, group_sizes, transpose=False, dtype=dtype) for weights in (gate, up)
+        )
+        return z, u
+
+    def gradients(
+        self,
+        rows: Float[Array, "m k"],
+        gate: Float[Array, "g k n"],
+        up: Float[Array, "g k n"],
+        group_sizes: Int[Array, " g"],
+        z: Float[Array, "m n"],
+        u: Float[Array, "m n"],
         grads: Float[Array, "m n"],
         *,
         act: str,
     ) -> tuple[Float[Array, "m k"], Float[Array, "g k n"], Float[Array, "g k n"]]:
-        z, u = products(rows, gate, up, group_sizes)
-        _, d_z, d_u = gate_gradients(z, u, grads.astype(z.dtype), act)
+        """Gradients of `gated` in rows, gate and up, given its two products."""
+        precise = jnp.promote_types(jnp.result_type(rows, gate, up), jnp.float32)
+        d_products = gate_gradients(*(x.astype(precise) for x in (z, u, grads)), act)
         d_rows = sum(
-            rows_times_weights(d, w, group_sizes, transpose=True, dtype=z.dtype) for d, w in ((d_z, gate), (d_u, up))
+            self._rows_times_weights(d, weights, group_sizes, transpose=True, dtype=precise)
+            for d, weights in zip(d_products, (gate, up), strict=True)
         )
-        d_gate, d_up = (weights_gradient(rows, d, group_sizes, dtype=w.dtype) for d, w in ((d_z, gate), (d_u, up)))
+        d_gate, d_up = (
+            self._weights_gradient(rows, d, group_sizes, dtype=weights.dtype)
+            for d, weights in zip(d_products, (gate, up), strict=True)
+        )
         return d_rows.astype(rows.dtype), d_gate, d_up
-
-    return forward, gradients

@@ -4,8 +4,8 @@ Three kernels. `rows_times_weights` serves the forward pass and the gradient of 
 tile of the group's rows), found by every program from the group sizes themselves, so nothing is prepared outside the
 kernel and no row is copied; the transposed weights are a matter of addresses, and several products may be summed.
 `weights_gradient` has one program for each tile of each group's matrix, which walks over the group's rows. `gated` has
-the units of the first and two accumulators, and applies the gate to them before anything is stored; for the gradient
-the same kernel stores the gradients of its two products instead. All accumulate in float32.
+the units of the first and two accumulators, and applies the gate to them before anything is stored; where there will be
+a gradient, the same kernel stores both (`products`). All accumulate in float32.
 """
 
 import dataclasses
@@ -112,8 +112,23 @@ def gated(
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
     """Row i of group g gives `act(rows[i] @ gate[g]) * (rows[i] @ up[g])`; rows of no group give zero."""
-    (out,) = _gated_call(rows, gate, up, group_sizes, act=act, dtypes=(dtype,), tiles=tiles, interpret=interpret)
+    (out,) = _dual_call(rows, gate, up, group_sizes, act=act, dtypes=(dtype,), tiles=tiles, interpret=interpret)
     return out
+
+
+def products(
+    rows: Float[Array, "m k"],
+    gate: Float[Array, "g k n"],
+    up: Float[Array, "g k n"],
+    group_sizes: Int[Array, " g"],
+    *,
+    dtype: DTypeLike,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+    """Row i of group g gives `rows[i] @ gate[g]` and `rows[i] @ up[g]`; rows of no group give zeros."""
+    z, u = _dual_call(rows, gate, up, group_sizes, act=None, dtypes=(dtype, dtype), tiles=tiles, interpret=interpret)
+    return z, u
 
 
 def gated_gradients(
@@ -121,14 +136,16 @@ def gated_gradients(
     gate: Float[Array, "g k n"],
     up: Float[Array, "g k n"],
     group_sizes: Int[Array, " g"],
+    z: Float[Array, "m n"],
+    u: Float[Array, "m n"],
     grads: Float[Array, "m n"],
     *,
     act: str,
     interpret: bool = False,
 ) -> tuple[Float[Array, "m k"], Float[Array, "g k n"], Float[Array, "g k n"]]:
-    """Gradients of `gated` in rows, gate and up; both products are computed again, and only their gradients stored."""
+    """Gradients of `gated` in rows, gate and up, given its two products."""
     common = _check(interpret, rows, gate, up)
-    d_z, d_u = _gated_call(rows, gate, up, group_sizes, grads, act=act, dtypes=(common, common), interpret=interpret)
+    d_z, d_u = (d.astype(common) for d in gate_gradients(*(x.astype(jnp.float32) for x in (z, u, grads)), act))
     d_rows = rows_times_weights(d_z, gate, group_sizes, d_u, up, transpose=True, dtype=rows.dtype, interpret=interpret)
     d_gate, d_up = (
         weights_gradient(rows, d, group_sizes, dtype=w.dtype, interpret=interpret) for d, w in ((d_z, gate), (d_u, up))
@@ -136,44 +153,41 @@ def gated_gradients(
     return d_rows, d_gate, d_up
 
 
-def _gated_call(
-    rows: Array, gate: Array, up: Array, group_sizes: Array, *grads: Array, act, dtypes, tiles=None, interpret=False
+def _dual_call(
+    rows: Array, gate: Array, up: Array, group_sizes: Array, *, act, dtypes, tiles=None, interpret=False
 ) -> tuple[Array, ...]:
-    common = _check(interpret, rows, gate, up, *grads)
+    common = _check(interpret, rows, gate, up)
     (m, k), (groups, _, n) = rows.shape, gate.shape
     tiles = tiles or _fit(_GATED_TILES[common.itemsize], rows=-(-m // groups), columns=n, depth=k)
-    products = pl.pallas_call(
-        functools.partial(_gated_kernel, act=act, tiles=tiles, common=common, backward=bool(grads)),
-        out_shape=[output_like((m, n), dtype, rows) for dtype in dtypes],
+    outs = pl.pallas_call(
+        functools.partial(_dual_kernel, act=act, tiles=tiles, common=common),
+        out_shape=tuple(output_like((m, n), dtype, rows) for dtype in dtypes),
         grid=(_units(m, groups, tiles) * pl.cdiv(n, tiles.columns),),
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-        name="grouped_matmul_gated_products_gradient" if grads else "grouped_matmul_gated",
-    )(group_sizes, rows, gate, up, *grads)
-    return tuple(products)
+        name="grouped_matmul_gated" if act else "grouped_matmul_products",
+    )(group_sizes, rows, gate, up)
+    return tuple(outs)
 
 
-def _gated_kernel(
+def _dual_kernel(
     sizes_ref: Any,
     rows_ref: Any,
     gate_ref: Any,
     up_ref: Any,
-    *refs: Any,
-    act: str,
+    *out_refs: Any,
+    act: str | None,
     tiles: Tiles,
     common: Any,
-    backward: bool,
 ) -> None:
-    (_, k), (m, n) = rows_ref.shape, refs[-1].shape
-    unit = _Unit.find(sizes_ref, (m, n), tiles)
+    (_, k), (_, n) = rows_ref.shape, out_refs[0].shape
+    unit = _Unit.find(sizes_ref, out_refs[0].shape, tiles)
 
     def step(i, totals):
         depth = i * tiles.depth + jnp.arange(tiles.depth, dtype=jnp.int32)
         left = unit.rows(rows_ref, depth).astype(common)
-        place, limits = (
-            (unit.group, depth[:, None], unit.column[None, :]),
-            ((depth[:, None], k), (unit.column[None, :], n)),
-        )
+        place = (unit.group, depth[:, None], unit.column[None, :])
+        limits = ((depth[:, None], k), (unit.column[None, :], n))
         return tuple(
             total + jnp.dot(left, _load(ref, place, *limits).astype(common), preferred_element_type=jnp.float32)
             for total, ref in zip(totals, (gate_ref, up_ref), strict=True)
@@ -181,14 +195,8 @@ def _gated_kernel(
 
     zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
     z, u = lax.fori_loop(0, unit.steps(k), step, (zeros, zeros))
-    if backward:
-        # Rows of no group may hold anything: their gradient counts as zero.
-        at = (unit.safe_row[:, None], unit.column[None, :])
-        d_out = plt.load(refs[0].at[at], mask=unit.inside(n) & unit.owned, other=0).astype(jnp.float32)
-        for ref, value in zip(refs[1:], gate_gradients(z, u, d_out, act)[1:], strict=True):
-            unit.store(ref, value)
-    else:
-        unit.store(refs[0], activate(z, act) * u)
+    for ref, value in zip(out_refs, (z, u) if act is None else (activate(z, act) * u,), strict=True):
+        unit.store(ref, value)
 
 
 def _units(m: int, groups: int, tiles: Tiles) -> int:

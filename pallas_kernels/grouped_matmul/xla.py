@@ -1,10 +1,10 @@
 """Grouped matrix products in plain XLA: what a CPU, and any platform without a kernel, really uses.
 
-One loop over tiles of rows; a tile never crosses the end of its group. Tiles start where their group or the tile before
-ended, so no row is copied, padded or permuted beforehand; what hangs over is masked when it is stored. How many rows a
-tile really multiplies is chosen from a few sizes by what is left of the group, so little is computed in vain. Nothing
-larger than a tile is ever a temporary, and there is no gather and no scatter. (Measured against the alternatives on a
-CPU: a batched product over padded groups, loops over equal tiles, tiles gathered beforehand.)
+A loop over the groups, most of which are one tile of rows; the others are finished in a second loop. Tiles start where
+their group or the tile before ended, so no row is copied, padded or permuted beforehand; what hangs over is masked when
+it is stored. How many rows a tile really multiplies is chosen from a few heights, so little is computed in vain.
+Nothing larger than a tile is ever a temporary, and nothing is gathered or scattered. (Measured against others on a CPU:
+a batched product over padded groups, loops over equal tiles, tiles gathered beforehand.)
 """
 
 import functools
@@ -13,13 +13,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from pallas_kernels.dispatch import zeros_alike
 from pallas_kernels.grouped_matmul.gating import activate, gate_gradients
 
 # Tiles of fewer rows pay more for the loop than for the product; more rows are not faster.
-_MIN_ROWS, _MAX_ROWS = 32, 256
+_MIN_ROWS, _MAX_ROWS, _MIN_STEP = 32, 512, 16
 
 
 def rows_times_weights(
@@ -55,7 +55,8 @@ def weights_gradient(
     precise = _accumulator(rows, grads)
 
     def compute(tile):
-        return _rows_transposed_times(*(tile.own_rows(x).astype(precise) for x in (rows, grads)))
+        left, right = (tile.own_rows(x).astype(precise) for x in (rows, grads))
+        return _transposed(left) @ right
 
     def store(tile, part, out):
         return tile.add(out, part)
@@ -74,13 +75,32 @@ def gated(
 ) -> Float[Array, "m n"]:
     """Row i of group g gives `act(rows[i] @ gate[g]) * (rows[i] @ up[g])`; rows of no group give zero."""
     m, n = rows.shape[0], gate.shape[2]
-    precise = _accumulator(rows, gate, up)
 
     def compute(tile):
-        z, u = jnp.split(tile.rows(rows).astype(precise) @ tile.both(gate, up, precise), 2, axis=1)
+        z, u = tile.products(rows, gate, up)
         return tile.tall((activate(z, act) * u).astype(dtype))
 
     return _over_tiles(m, group_sizes, compute, _put, zeros_alike((m, n), dtype, rows))
+
+
+def products(
+    rows: Float[Array, "m k"],
+    gate: Float[Array, "g k n"],
+    up: Float[Array, "g k n"],
+    group_sizes: Int[Array, " g"],
+    *,
+    dtype: DTypeLike,
+) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+    """Row i of group g gives `rows[i] @ gate[g]` and `rows[i] @ up[g]`; rows of no group give zeros."""
+    m, n = rows.shape[0], gate.shape[2]
+
+    def compute(tile):
+        return tuple(tile.tall(part.astype(dtype)) for part in tile.products(rows, gate, up))
+
+    def store(tile, parts, out):
+        return tuple(map(tile.put, out, parts))
+
+    return _over_tiles(m, group_sizes, compute, store, tuple(zeros_alike((m, n), dtype, rows) for _ in range(2)))
 
 
 def gated_gradients(
@@ -88,25 +108,28 @@ def gated_gradients(
     gate: Float[Array, "g k n"],
     up: Float[Array, "g k n"],
     group_sizes: Int[Array, " g"],
+    z: Float[Array, "m n"],
+    u: Float[Array, "m n"],
     grads: Float[Array, "m n"],
     *,
     act: str,
 ) -> tuple[Float[Array, "m k"], Float[Array, "g k n"], Float[Array, "g k n"]]:
-    """Gradients of `gated` in rows, gate and up; both products are computed again, a tile at a time."""
-    precise = _accumulator(rows, gate, up, grads)
+    """Gradients of `gated` in rows, gate and up, given its two products."""
+    precise = _accumulator(rows, gate, up)
+    transposed = (((1,), (1,)), ((), ()))
 
     def compute(tile):
         # Masked on both sides: what a foreign row holds may be NaN.
-        left, matrices = tile.own_rows(rows).astype(precise), tile.both(gate, up, precise)
-        z, u = jnp.split(left @ matrices, 2, axis=1)
-        d_products = jnp.concatenate(gate_gradients(z, u, tile.own_rows(grads).astype(precise), act)[1:], axis=1)
-        d_rows = lax.dot_general(d_products, matrices, (((1,), (1,)), ((), ())))
-        return tile.tall(d_rows.astype(rows.dtype)), _rows_transposed_times(left, d_products)
+        left, d_out = (tile.own_rows(x).astype(precise) for x in (rows, grads))
+        d_z, d_u = gate_gradients(*(tile.own_rows(x).astype(precise) for x in (z, u)), d_out, act)
+        d_rows = lax.dot_general(d_z, tile.matrix(gate).astype(precise), transposed)
+        d_rows += lax.dot_general(d_u, tile.matrix(up).astype(precise), transposed)
+        left = _transposed(left)
+        return tile.tall(d_rows.astype(rows.dtype)), left @ d_z, left @ d_u
 
     def store(tile, parts, out):
-        d_rows, d_gate, d_up = out
-        gate_part, up_part = jnp.split(parts[1], 2, axis=1)
-        return tile.put(d_rows, parts[0]), tile.add(d_gate, gate_part), tile.add(d_up, up_part)
+        (d_rows, *d_weights), (part, *weights_parts) = out, parts
+        return tile.put(d_rows, part), *map(tile.add, d_weights, weights_parts)
 
     start = (zeros_alike(rows.shape, rows.dtype, rows), *(zeros_alike(gate.shape, precise, rows) for _ in range(2)))
     d_rows, d_gate, d_up = _over_tiles(rows.shape[0], group_sizes, compute, store, start)
@@ -118,10 +141,13 @@ def _put(tile, part, out):
 
 
 class _Tile:
-    """Rows [at, at + height) of the arrays, of which [first, end) belong to the tile's group."""
+    """Rows [at, at + height) of the arrays, of which [first, end) belong to the tile's group.
 
-    def __init__(self, group, at, first, end, height, tallest):
-        self.group, self.at, self.height, self.tallest = group, at, height, tallest
+    `opens` says that it is the first of its group.
+    """
+
+    def __init__(self, group, at, first, end, height, tallest, opens=False):
+        self.group, self.at, self.height, self.tallest, self.opens = group, at, height, tallest, opens
         self._first, self._end = first - at, end - at
 
     def _own(self, height):
@@ -140,16 +166,18 @@ class _Tile:
     def matrix(self, weights: Array) -> Array:
         return lax.dynamic_index_in_dim(weights, self.group, keepdims=False)
 
-    def both(self, gate: Array, up: Array, dtype: DTypeLike) -> Array:
-        """One product of twice the width packs the rows once."""
-        return jnp.concatenate([self.matrix(gate).astype(dtype), self.matrix(up).astype(dtype)], axis=1)
+    def products(self, rows: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+        precise = _accumulator(rows, gate, up)
+        left = self.rows(rows).astype(precise)
+        return left @ self.matrix(gate).astype(precise), left @ self.matrix(up).astype(precise)
 
     def put(self, out: Array, part: Array) -> Array:
         before = lax.dynamic_slice_in_dim(out, self.at, self.tallest)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(self._own(self.tallest), part, before), self.at, 0)
 
     def add(self, out: Array, part: Array) -> Array:
-        return lax.dynamic_update_index_in_dim(out, self.matrix(out) + part, self.group, 0)
+        part = part if self.opens else self.matrix(out) + part
+        return lax.dynamic_update_index_in_dim(out, part, self.group, 0)
 
 
 def _over_tiles(
@@ -158,48 +186,70 @@ def _over_tiles(
     """Folds `store(tile, compute(tile), out)` over the tiles of all groups.
 
     `compute` sees a tile of the height that it needs, one of a few, and makes its rows `tall`; `store` sees the tallest
-    (it lies outside the switch, or XLA would copy `out`).
+    (it lies outside the switch, or XLA would copy `out`). First come the first tiles of all groups, and mostly that is
+    all; then what is left of the groups that are taller than the tallest tile.
     """
     heights = _tile_heights(m, group_sizes.shape[0])
     tallest = heights[-1]
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    starts = ends - group_sizes
 
     def computed(height, *place):
         return compute(_Tile(*place, height, tallest))
 
-    branches = [functools.partial(computed, height) for height in heights]
+    def add_tile(group, first, out, heights, opens):
+        end = ends[group]
+        # A tile that would hang over the end of the arrays is moved back, and rows that then belong to others are
+        # masked.
+        at = jnp.minimum(first, m - tallest)
+        place = (group, at, first, end)
+        branches = [functools.partial(computed, height) for height in heights]
+        choice = sum((end - at > height).astype(jnp.int32) for height in heights[:-1])
+        parts = lax.switch(choice, branches, *place) if len(branches) > 1 else branches[0](*place)
+        return store(_Tile(*place, tallest, tallest, opens), parts, out)
+
+    def first_tile(group, out):
+        return add_tile(group, starts[group], out, heights, opens=True)
+
+    def other_tiles(group, out):
+        def body(state):
+            return state[0] + tallest, add_tile(group, *state, heights[-1:], opens=False)
+
+        return lax.while_loop(lambda state: state[0] < ends[group], body, (starts[group] + tallest, out))[1]
+
+    out = _over_groups(group_sizes > 0, first_tile, out)
+    if m == tallest:
+        return out
+    return _over_groups(group_sizes > tallest, other_tiles, out)
+
+
+def _over_groups(wanted: Bool[Array, " g"], visit: Callable[[Array, Any], Any], out: Any) -> Any:
+    """Folds `visit(group, out)` over the wanted groups."""
+    groups = wanted.shape[0]
+    stop = jnp.append(wanted, True)
+
+    def next_one(group):
+        return lax.while_loop(lambda g: ~stop[g], lambda g: g + 1, group)
 
     def body(state):
-        group, first, out = state
-        group = lax.while_loop(lambda g: ends[g] <= first, lambda g: g + 1, group)  # past empty groups
-        end = ends[group]
-        # A tile that would hang over the end of the arrays is moved back and takes the full height; rows that then
-        # belong to others are masked.
-        at = jnp.minimum(first, m - tallest)
-        choice = sum((end - at > height).astype(jnp.int32) for height in heights[:-1])
-        place = (group, at, first, end)
-        parts = lax.switch(choice, branches, *place) if len(branches) > 1 else branches[0](*place)
-        out = store(_Tile(*place, tallest, tallest), parts, out)
-        return group, jnp.minimum(at + tallest, end), out
+        return next_one(state[0] + 1), visit(*state)
 
-    return lax.while_loop(lambda state: state[1] < ends[-1], body, (*_start(ends), out))[2]
+    zero = jnp.sum(wanted, dtype=jnp.int32) * 0  # varies over the mesh axes over which the sizes do
+    return lax.while_loop(lambda state: state[0] < groups, body, (next_one(zero), out))[1]
 
 
-def _start(ends):
-    zero = ends[0] * 0  # varies over the mesh axes over which the sizes do
-    return zero, zero
-
-
-def _rows_transposed_times(left, right):
-    # Transposed beforehand: XLA's CPU library multiplies only what is contracted along its last axis.
-    return lax.optimization_barrier(left.T) @ right
+def _transposed(x):
+    # Beforehand: XLA's CPU library multiplies only what is contracted along its last axis.
+    return lax.optimization_barrier(x.T)
 
 
 def _tile_heights(m: int, groups: int) -> tuple[int, ...]:
-    """Quarters of the power of two at or above three quarters of a mean group: most groups take one or two tiles."""
-    share = max(1, 3 * m // (4 * groups))
-    tallest = min(m, max(_MIN_ROWS, min(_MAX_ROWS, 1 << (share - 1).bit_length())))
-    return tuple(sorted({max(min(_MIN_ROWS, tallest), tallest * quarter // 4) for quarter in (1, 2, 3, 4)}))
+    """Up to eight heights in equal steps to half as much again as a mean group: most groups are one fitting tile."""
+    tallest = min(_MAX_ROWS, -(-3 * m // (2 * groups)))
+    if tallest <= _MIN_ROWS:
+        return (min(m, _MIN_ROWS),)
+    step = max(_MIN_STEP, -(-tallest // 64) * 8)
+    return tuple(min(m, step * (i + 1)) for i in range(-(-min(m, tallest) // step)))
 
 
 def _accumulator(*arrays):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.grouped_matmul import grouped_matmul, reference
+from pallas_kernels.grouped_matmul import PRODUCTS_NAME, grouped_matmul, reference
 from pallas_kernels.grouped_matmul.triton import Tiles
 from tests.aot import needs_aot, needs_ptxas
 from tests.kernels import harness
@@ -111,6 +111,17 @@ def test_gated_by_gelu(implementation):
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
 def test_gated_in_bfloat16(implementation):
     check_gated(GATED_CASES[0], implementation, "silu", jnp.bfloat16)
+
+
+def test_a_checkpoint_can_keep_the_two_products():
+    keep = jax.checkpoint_policies.save_only_these_names(PRODUCTS_NAME)
+
+    @functools.partial(jax.checkpoint, policy=keep)
+    def inner(lhs, rhs):
+        return jnp.sin(_gated(lhs, rhs, rhs, SIZES))  # what the sine's gradient needs is made again
+
+    kept = [x.shape for x in jax.tree.leaves(jax.vjp(inner, LHS, RHS)[1]) if x.shape == (6, 3)]
+    assert len(kept) == 2
 
 
 def test_gated_by_either_name():
@@ -330,11 +341,11 @@ def test_gated_compiled_for_gpus(gpu, limit):
     forward = plan.compile(_gated, lhs, rhs, rhs, sizes, target=target, labels=["input"] * 4)
     backward = plan.compile(gradients, lhs, rhs, rhs, sizes, cotangent, target=target, labels=["input"] * 5)
     assert forward.bytes["temporaries"] == 0
-    # The gradients of the two products, of which one finds room in the results.
-    assert backward.bytes["temporaries"] <= 4096 * 256 * 2 + 2**16
+    # The two products; their gradients take their place.
+    assert backward.bytes["temporaries"] <= 2 * 4096 * 256 * 2 + 2**16
     assert [kernel.name for kernel in forward.kernels] == ["grouped_matmul_gated"]
     assert {kernel.name for kernel in backward.kernels} == {
-        "grouped_matmul_gated_products_gradient",
+        "grouped_matmul_products",
         "grouped_matmul_transposed",
         "grouped_matmul_weights_gradient",
     }
