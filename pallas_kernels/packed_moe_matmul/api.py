@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, UInt16
 
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
-from pallas_kernels.grouped_matmul.gating import ACTIVATIONS, gate_gradients
+from pallas_kernels.grouped_matmul.gating import ACTIVATIONS, activate
 from pallas_kernels.packed_moe_matmul import reference, triton, xla
 from pallas_kernels.packed_moe_matmul.bits import AnyArray, Slots, check_members, check_words, is_concrete
 
@@ -191,7 +191,7 @@ def _product_backward(act, implementation, residuals, grads):
         # The two products are made again: that is cheaper than keeping them.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         z, u = (run(x, (slots,), *addresses, transpose=False, dtype=wide) for slots in weights)
-        _, d_z, d_u = gate_gradients(z, u, grads.astype(wide), act)
+        d_z, d_u = jax.vjp(lambda z, u: activate(z, act) * u, z, u)[1](grads.astype(wide))
         of_gate, of_up = (
             run(d.astype(x.dtype), (slots,), *addresses, transpose=True, dtype=wide)
             for d, slots in zip((d_z, d_u), weights)

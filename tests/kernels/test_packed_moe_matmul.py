@@ -472,6 +472,22 @@ def test_compiled_for_h100_without_temporaries():
 
 
 @needs_aot
+def test_gelu_and_single_precision_compile_for_h100():
+    from jaxlab.core import plan
+
+    x, words, *_, sizes, slots, members = _shapes()
+    x = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+    def hidden(x, words, sizes, slots, members):
+        return packed_moe_matmul(x, words, sizes, slots, members, words_up=words, act="gelu")
+
+    args = (x, words, sizes, slots, members)
+    (kernel,) = plan.compile(hidden, *args, target=plan.target("h100"), labels=["input"] * 5).kernels
+    assert kernel.name == "packed_gated_gmm"
+    assert not kernel.spill_bytes
+
+
+@needs_aot
 @needs_ptxas
 @pytest.mark.parametrize(("gpu", "limit"), [("h100", 180), ("a100", 255)])
 def test_registers_without_spills(gpu, limit):
