@@ -136,9 +136,14 @@ class MoEConfig:
         return self.num_shared_experts * self.ffn_size
 
     @property
-    def sequence_sharded(self) -> bool:
-        """Whether the ranks of `tp_axis` split the tokens (SSMB)."""
-        return self.tp_axis is not None and self.tp_axis in self.expert_axes
+    def sequence_axis(self) -> str | None:
+        """The axis whose ranks split the tokens (SSMB), if there is one."""
+        return self.tp_axis if self.tp_axis in self.expert_axes else None
+
+    @property
+    def width_axis(self) -> str | None:
+        """The axis whose ranks split the experts' inner width (TED), if there is one."""
+        return None if self.tp_axis in self.expert_axes else self.tp_axis
 
     @property
     def kernel_implementation(self) -> tuple[str, ...] | None:

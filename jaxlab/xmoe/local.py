@@ -45,4 +45,4 @@ def gather_experts(experts: Experts, config: MoEConfig) -> Experts:
     if not config.expert_axes:
         return experts
     gather = functools.partial(jax.lax.all_gather, axis_name=config.expert_axes, axis=0, tiled=True)
-    return Experts(*(None if matrix is None else gather(matrix) for matrix in experts))
+    return jax.tree.map(gather, experts)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +19,14 @@ from flax import struct
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float
 
+from jaxlab.core.keys import named_key
 from jaxlab.layers.linear import Linear
 from jaxlab.layers.mlp import GatedMLP
 from jaxlab.layers.sharding import named
 from jaxlab.xmoe.config import MoEConfig
-from jaxlab.xmoe.experts import Experts
+from jaxlab.xmoe.experts import Experts, Routed
 from jaxlab.xmoe.router import Routing, top_k_gating
+from jaxlab.xmoe.ssmb import sequence_shard, sequence_unshard
 
 _DISPATCHERS = {
     "local": "local",
@@ -82,7 +85,7 @@ class MoE(nn.Module):
     `jax.shard_map`, on this device's tokens and experts; otherwise over the mesh of `jax.set_mesh`, if that has the
     axes. Over a mesh rows are split over the axes among data, fsdp, node, expert and sequence that the mesh has, and
     over `expert_axes`; the experts lie over `expert_axes`; each device routes its own tokens, and drops among them.
-    Without `expert_axes` that is plain data parallelism, with the experts' inner width cut over `tensor`.
+    Without `expert_axes` that is plain data parallelism, with the inner widths cut over `tensor`.
 
     Attributes:
         config: the layer.
@@ -123,14 +126,17 @@ class MoE(nn.Module):
             raise ValueError(f"x must be [..., hidden_size={config.hidden_size}], got shape {x.shape}")
         if self.is_initializing():
             self._create()
-            config, mesh = dataclasses.replace(config, dispatch="local", expert_axes=(), tp_axis=None), None
+            config, mesh = (
+                dataclasses.replace(config, dispatch="local", expert_axes=(), tp_axis=None, jitter_eps=0),
+                None,
+            )
         else:
             config, mesh = _where(config, self.mesh, x)
         if rng is None and self.has_rng("mlp"):
             rng = self.make_rng("mlp")
         config = _with_key(config, train, rng, self.pilot_without_rng)
         params = nn.meta.unbox(self.variables["params"])
-        form = _Form(config, str(jnp.dtype(self.dtype or x.dtype)), train, config.expert_axes)
+        form = _Form(config, str(jnp.dtype(self.dtype or x.dtype)), train, tuple(config.expert_axes))
         if mesh is None:
             y, metrics = _on_device(form, params, x.reshape(-1, x.shape[-1]), rng)
             return y.reshape(x.shape), metrics
@@ -144,7 +150,7 @@ class MoE(nn.Module):
         token = jnp.zeros((1, features), jnp.float32)
         Linear((experts,), ("embed", None), name="router", **policy)(token)
         # With SSMB the ranks of the tensor axis hold experts, too.
-        axis = "expert_tensor" if config.sequence_sharded else "expert"
+        axis = "expert_tensor" if config.sequence_axis else "expert"
 
         def matrices(name: str, names: tuple[str, str], shape: tuple[int, int], scale: float) -> None:
             init = nn.initializers.truncated_normal(scale / np.sqrt(shape[0]))
@@ -177,7 +183,7 @@ def _where(config: MoEConfig, mesh: Any, x: Array) -> tuple[MoEConfig, Any]:
     """The mesh to open, or None where this device's shards are here already (or all there is)."""
     if config.dispatch == "rbd" and not config.expert_axes:
         raise ValueError("dispatch='rbd' needs expert_axes, got ()")
-    needed = tuple(dict.fromkeys((*config.expert_axes, *([config.tp_axis] if config.tp_axis else []))))
+    needed = (*config.expert_axes, *_present(config.width_axis))
     ambient = jax.sharding.get_abstract_mesh()
     if ambient.manual_axes and set(needed) <= set(ambient.manual_axes):
         return config, None
@@ -199,8 +205,7 @@ def _where(config: MoEConfig, mesh: Any, x: Array) -> tuple[MoEConfig, Any]:
     missing = [axis for axis in needed if axis not in mesh.shape]
     if missing:
         raise ValueError(f"expert_axes and tp_axis: {missing} are no axes of the mesh, which has {tuple(mesh.shape)}")
-    parts = mesh.shape[config.tp_axis] if config.tp_axis else 1
-    _check_divisible(config, math.prod(mesh.shape[axis] for axis in config.expert_axes), parts)
+    _check_divisible(config, lambda axes: math.prod(mesh.shape[axis] for axis in axes))
     if isinstance(mesh, Mesh) and ambient.empty:
         # JAX's own make_mesh makes explicit axes, over which a shard_map takes no array that is not sharded yet.
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
@@ -230,8 +235,7 @@ def _over_mesh(form: _Form, mesh: Any, params: Any, x: Array, rng: Array | None)
             f"{math.prod(mesh.shape[axis] for axis in axes)}, the devices of {axes}"
         )
     x = x if len(tokens) == 2 else x.reshape(-1, shape[-1])
-    reduce_axes = (*axes, config.tp_axis) if config.sequence_sharded else axes
-    form = dataclasses.replace(form, config=config, reduce_axes=reduce_axes)
+    form = dataclasses.replace(form, reduce_axes=(*axes, *_present(config.sequence_axis)))
     y, metrics = _opened(form, mesh, tokens, params, x, () if rng is None else (rng,))
     return y.reshape(shape), metrics
 
@@ -240,51 +244,59 @@ def _over_mesh(form: _Form, mesh: Any, params: Any, x: Array, rng: Array | None)
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _opened(form, mesh, tokens, params, x, rng):
     config = form.config
-    inner = config.tp_axis if config.tp_axis not in config.expert_axes else None
-    axes = config.expert_axes or None
-    of_expert = {"up": PartitionSpec(axes, None, inner), "down": PartitionSpec(axes, inner)}
-    of_expert["gate"] = of_expert["up"]
-    weights = {name: of_expert.get(name, PartitionSpec()) for name in params}
+    experts, width = tuple(config.expert_axes) or None, config.width_axis
+    weights: dict[str, Any] = dict.fromkeys(params, PartitionSpec())
+    weights |= dict.fromkeys(("gate", "up"), PartitionSpec(experts, None, width))
+    weights["down"] = PartitionSpec(experts, width)
+    if width and config.shared_width % mesh.shape[width] == 0:
+        into, out_of = {"kernel": PartitionSpec(None, width)}, {"kernel": PartitionSpec(width)}
+        weights["shared"] = {"gate": into, "up": into, "down": out_of}
 
     def body(params, x, rng):
         y, metrics = _on_device(form, params, x.reshape(-1, x.shape[-1]), *rng or (None,))
         return y.reshape(x.shape), metrics
 
-    in_specs, out_specs = (weights, tokens, PartitionSpec()), (tokens, PartitionSpec())
-    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(params, x, rng)
+    in_specs = ({name: weights[name] for name in params}, tokens, PartitionSpec())
+    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=(tokens, PartitionSpec()))(params, x, rng)
 
 
 def _on_device(form: _Form, params: Any, x: Float[Array, "s h"], rng: Array | None) -> tuple[Array, MoEMetrics]:
     """One device's part: its tokens, its experts, the metrics of all."""
     config = form.config
     experts = _experts(config, params)
-    if config.sequence_sharded:
-        from jaxlab.xmoe.ssmb import sequence_shard, sequence_unshard
-
-        x = sequence_shard(x, config.tp_axis)
+    if config.sequence_axis is not None:
+        x = sequence_shard(x, config.sequence_axis)
     if rng is not None and form.reduce_axes:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(form.reduce_axes))
-    jitter_key, pilot_key = (None, None) if rng is None else jax.random.split(rng)
-
-    seen = x  # the router computes in float32; what is kept of x for its gradient need not be
-    if form.train and config.jitter_eps:
-        low, high = 1 - config.jitter_eps, 1 + config.jitter_eps
-        seen = seen.astype(jnp.float32) * jax.random.uniform(jitter_key, seen.shape, jnp.float32, low, high)
-    router = Linear((config.num_experts,), ("embed", None), dtype="float32", parent=None)
-    logits: Any = router.apply({"params": params["router"]}, seen)
-    routing = top_k_gating(logits, config, train=form.train)
+    routing = top_k_gating(_logits(form, params, x, rng), config, train=form.train)
 
     x = x.astype(form.dtype)
-    scaled = routing.replace(weights=routing.weights * config.weight_scale)
+    scaled = dataclasses.replace(routing, weights=routing.weights * config.weight_scale)
+    pilot_key = None if rng is None else named_key(rng, "pilots")
     routed = _dispatcher(config.dispatch)(x, scaled, config, experts, pilot_key)
-    y = routed.y
-    if config.tp_axis is not None and not config.sequence_sharded:
-        y = jax.lax.psum(y, config.tp_axis)
+    # What the ranks of `width_axis` have computed in part is summed over them; a whole shared expert is equal on all.
+    parts, wholes = [routed.y], []
     if config.shared_width:
-        y = y + _shared(config, form.dtype, params, x)
-    if config.sequence_sharded:
-        y = sequence_unshard(y, config.tp_axis)
+        y, whole = _shared(form, params, x)
+        (wholes if whole else parts).append(y)
+    y = sum(parts[1:], parts[0])
+    if config.width_axis is not None:
+        y = jax.lax.psum(y, config.width_axis)
+    y = sum(wholes, y)
+    if config.sequence_axis is not None:
+        y = sequence_unshard(y, config.sequence_axis)
     return y, _metrics(form, routing, routed)
+
+
+def _logits(form: _Form, params: Any, x: Float[Array, "s h"], rng: Array | None) -> Any:
+    """The router's outputs, computed in float32; what is kept of x for its gradient need not be."""
+    config = form.config
+    if form.train and config.jitter_eps and rng is not None:
+        low, high = 1 - config.jitter_eps, 1 + config.jitter_eps
+        noise = jax.random.uniform(named_key(rng, "jitter"), x.shape, jnp.float32, low, high)
+        x = x.astype(jnp.float32) * noise
+    router = Linear((config.num_experts,), ("embed", None), dtype="float32", parent=None)
+    return router.apply({"params": params["router"]}, x)
 
 
 def _dispatcher(name: str) -> Any:
@@ -292,50 +304,52 @@ def _dispatcher(name: str) -> Any:
 
 
 def _experts(config: MoEConfig, params: Any) -> Experts:
-    """This device's experts; under TED with the inner width cut, where the caller has not done so."""
-    ranks = math.prod(jax.lax.axis_size(axis) for axis in config.expert_axes)
-    parts = jax.lax.axis_size(config.tp_axis) if config.tp_axis else 1
-    _check_divisible(config, ranks, parts)
+    """This device's experts; with `width_axis` their part, which is cut here where the caller has not done so."""
+    _check_divisible(config, lambda axes: math.prod(jax.lax.axis_size(axis) for axis in axes))
     gate, up, down = params.get("gate"), params["up"], params["down"]
+    ranks = math.prod(jax.lax.axis_size(axis) for axis in config.expert_axes)
     if up.shape[0] != config.num_experts // ranks:
         raise ValueError(
             f"up must hold {config.num_experts // ranks} of the {config.num_experts} experts on each of {ranks} "
             f"devices, got shape {up.shape}"
         )
-    if config.tp_axis is None or config.sequence_sharded:
+    axis = config.width_axis
+    if axis is None or up.shape[2] == config.ffn_size // jax.lax.axis_size(axis):
         return Experts(gate, up, down)
-    if up.shape[2] == config.ffn_size // parts:
-        return Experts(gate, up, down)
-    width = config.ffn_size // parts
-    start = jax.lax.axis_index(config.tp_axis) * width
-
-    def cut(matrix: Array, axis: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(matrix, start, width, axis)
-
-    return Experts(None if gate is None else cut(gate, 2), cut(up, 2), cut(down, 1))
+    width = config.ffn_size // jax.lax.axis_size(axis)
+    cut = functools.partial(
+        jax.lax.dynamic_slice_in_dim, start_index=jax.lax.axis_index(axis) * width, slice_size=width
+    )
+    return Experts(None if gate is None else cut(gate, axis=2), cut(up, axis=2), cut(down, axis=1))
 
 
-def _check_divisible(config: MoEConfig, ranks: int, parts: int) -> None:
-    """Experts over the devices of `expert_axes`, and their inner width over those of another `tp_axis` (TED)."""
+def _check_divisible(config: MoEConfig, size: Callable[[Sequence[str]], int]) -> None:
+    ranks, parts = size(config.expert_axes), size(_present(config.width_axis))
     if config.num_experts % ranks:
         raise ValueError(
             f"num_experts={config.num_experts} must be a multiple of the {ranks} devices of expert_axes "
             f"{config.expert_axes}"
         )
-    if not config.sequence_sharded and config.ffn_size % parts:
+    if config.ffn_size % parts:
         raise ValueError(f"ffn_size={config.ffn_size} must be a multiple of the {parts} devices of {config.tp_axis!r}")
 
 
-def _shared(config: MoEConfig, dtype: str, params: Any, x: Float[Array, "s h"]) -> Float[Array, "s h"]:
-    y: Any = GatedMLP(config.shared_width, dtype=dtype, parent=None).apply({"params": params["shared"]}, x)
-    if not config.shared_gate:
-        return y
-    gate = Linear((1,), ("embed", None), dtype=dtype, parent=None)
-    logit: Any = gate.apply({"params": params["shared_gate"]}, x)
-    return y * jax.nn.sigmoid(logit)
+def _present(axis: str | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,)
 
 
-def _metrics(form: _Form, routing: Routing, routed: Any) -> MoEMetrics:
+def _shared(form: _Form, params: Any, x: Float[Array, "s h"]) -> tuple[Array, bool]:
+    """The shared expert, and whether this is all of it, or the part of the inner width that is here."""
+    width = params["shared"]["down"]["kernel"].shape[0]
+    shared: Any = GatedMLP(width, dtype=form.dtype, parent=None)
+    y = shared.apply({"params": params["shared"]}, x)
+    if form.config.shared_gate:
+        gate: Any = Linear((1,), ("embed", None), dtype=form.dtype, parent=None)
+        y = y * jax.nn.sigmoid(gate.apply({"params": params["shared_gate"]}, x))
+    return y, width == form.config.shared_width
+
+
+def _metrics(form: _Form, routing: Routing, routed: Routed) -> MoEMetrics:
     experts = jnp.arange(form.config.num_experts, dtype=jnp.int32)
     kept = (routing.expert_ids[..., None] == experts) & routing.keep[..., None]
     dropped = jnp.sum(~routing.keep, dtype=jnp.float32) / max(routing.keep.size, 1)

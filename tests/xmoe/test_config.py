@@ -40,13 +40,14 @@ def test_fields():
     config = MoEConfig(**SIZES, expert_axes=["node", "tensor"], tp_axis="tensor", implementation=["ragged", "triton"])
     assert hash(config) == hash(dataclasses.replace(config))
     assert config.expert_axes == ("node", "tensor")
-    assert config.sequence_sharded
+    assert (config.sequence_axis, config.width_axis) == ("tensor", None)
     assert config.kernel_implementation == ("triton",)
     assert config.exchange_implementation == "ragged"
     assert MoEConfig(**SIZES, expert_axes="expert").expert_axes == ("expert",)
     assert MoEConfig(**SIZES).kernel_implementation is None
     assert MoEConfig(**SIZES).exchange_implementation is None
-    assert not MoEConfig(**SIZES, expert_axes="expert", tp_axis="tensor").sequence_sharded
+    sliced = MoEConfig(**SIZES, expert_axes="expert", tp_axis="tensor")
+    assert (sliced.sequence_axis, sliced.width_axis) == (None, "tensor")
     assert MoEConfig(**SIZES, num_shared_experts=2).shared_width == 16
     assert MoEConfig(**SIZES, num_shared_experts=2, shared_ffn_size=5).shared_width == 5
 

@@ -14,7 +14,7 @@ from jaxlab.xmoe import MoE, MoEConfig, MoEMetrics
 from tests.xmoe.test_baselines import check_equal
 
 RNG = np.random.default_rng(4)
-SIZES = {"num_experts": 8, "top_k": 2, "hidden_size": 8, "ffn_size": 4, "shared_ffn_size": 4}
+SIZES = {"num_experts": 8, "top_k": 2, "hidden_size": 8, "ffn_size": 4, "shared_ffn_size": 4, "shared_gate": True}
 DROPS = {"drop_policy": "probs", "capacity_factor": 0.6, "min_capacity": 1}
 X, MIX = (jnp.asarray(RNG.normal(size=(8, 4, 8)), jnp.float32) for _ in range(2))
 
