@@ -30,7 +30,6 @@ def _table(report, start):
     return next(rows for title, _, rows in report.tables if title.startswith(start))
 
 
-@pytest.mark.latest
 def test_tells_load_redundancy_volumes_and_equality(config, tmp_path):
     report = run(config)
     assert report.system == "xmoe"
