@@ -25,7 +25,7 @@ RUNS = {
 """Config -> what it is."""
 
 MODES = ("local", "pft", "rbd", "padded")
-CHANGES = ("steps=200", "eval_batches=8", "mesh={node: 2, expert: 4}")
+CHANGES = ("steps=100", "eval_batches=8", "mesh={node: 2, expert: 4}")
 FIRST = 20
 """Steps over which training has not yet amplified what rounding differs by."""
 
