@@ -18,6 +18,7 @@ from pallas_kernels.dispatch import check_names, dispatch, vary_alike, zeros_ali
 from pallas_kernels.token_gather import token_gather
 
 _OP = "uneven_all_to_all"
+_FEW_SEGMENTS = 128  # so many comparisons a row are cheaper than a search, and far quicker to compile
 
 
 class Splits(NamedTuple):
@@ -198,7 +199,8 @@ def fitting(sizes: Int[Array, " n"], room: int) -> Int[Array, " n"]:
 
 def segment_of(index: Int[Array, "*m"], starts: Int[Array, " n"]) -> Int[Array, "*m"]:
     """The segment in which each place lies; an empty one has none."""
-    return jnp.searchsorted(starts, index, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+    method = "compare_all" if starts.size <= _FEW_SEGMENTS else "scan_unrolled"
+    return jnp.searchsorted(starts, index, side="right", method=method).astype(jnp.int32) - 1
 
 
 class Regrouping(NamedTuple):

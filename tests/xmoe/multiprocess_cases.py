@@ -24,21 +24,30 @@ MESHES = {
 }
 SSMB = {"expert_axes": THREE, "tp_axis": "tensor"}
 SIZES = {"num_experts": 16, "top_k": 3, "hidden_size": 16, "ffn_size": 8, "num_shared_experts": 1, "node_size": 4}
+# Most with the plain kernels, which compile faster; the exchange is the platform's in any case.
 MODES = {
     **{name: {"dispatch": name, "expert_axes": TWO} for name in ("local", "dense", "padded", "tutel", "megablocks")},
     **{name: {"dispatch": name, "expert_axes": ONE} for name in ("ragged_dot", "maxtext", "megatron")},
-    "pft": {"dispatch": "pft", "expert_axes": TWO},
-    "pft_padded": {"dispatch": "pft", "expert_axes": ONE, "implementation": ("xla", "padded")},
+    "pft": {"dispatch": "pft", "expert_axes": TWO, "implementation": None},
+    "pft_padded": {"dispatch": "pft", "expert_axes": ONE, "implementation": ("reference", "padded")},
     "rbd_random": {"dispatch": "rbd", "expert_axes": TWO},
     "rbd_random_groups": {"dispatch": "rbd", "expert_axes": ONE},
     "rbd_first": {"dispatch": "rbd", "expert_axes": TWO, "pilot": "first"},
     "rbd_first_groups": {"dispatch": "rbd", "expert_axes": ONE, "pilot": "first"},
-    "rbd_rail": {"dispatch": "rbd", "expert_axes": TWO, "pilot": "rail"},
+    "rbd_rail": {"dispatch": "rbd", "expert_axes": TWO, "pilot": "rail", "implementation": None},
     "rbd_rail_groups": {"dispatch": "rbd", "expert_axes": ONE, "pilot": "rail"},
     "pft_ssmb": {"dispatch": "pft", **SSMB},
     "rbd_ssmb": {"dispatch": "rbd", **SSMB, "pilot": "rail"},
     "pft_ted": {"dispatch": "pft", "expert_axes": ONE, "tp_axis": "tensor"},
 }
+
+
+def layer(mode, **changes):
+    """The configuration of a mode."""
+    return MoEConfig(**{**SIZES, "implementation": "reference", **MODES[mode], **changes})
+
+
+DENSE = MoEConfig(**SIZES, dispatch="dense")
 
 
 def mesh_of(config):
@@ -71,13 +80,12 @@ def problem(tokens=TOKENS, experts=16):
 
 
 @functools.cache
-def program(config, dtype=None, remat=False):
+def program(config, remat=False):
     """params, x, mix -> (gradients in params and x, (y, metrics)), all replicated; over the mesh if there are axes."""
     mesh = mesh_of(config) if config.expert_axes else None
 
     def apply(params, x):
-        layer = MoE(config, mesh=mesh, dtype=dtype)
-        return layer.apply({"params": params}, x, train=True, rng=jax.random.key(5))
+        return MoE(config, mesh=mesh).apply({"params": params}, x, train=True, rng=jax.random.key(5))
 
     def loss(params, x, mix):
         y, metrics = (jax.checkpoint(apply) if remat else apply)(params, x)
@@ -88,9 +96,9 @@ def program(config, dtype=None, remat=False):
     return jax.jit(step, out_shardings=replicated)
 
 
-def run(config, problem, **kinds):
+def run(config, problem, *, remat=False):
     """The outputs of `program` as this process sees them."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), program(config, **kinds)(*problem))
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), program(config, remat)(*problem))
 
 
 def assert_close(got, want, bound=1e-4):
@@ -100,11 +108,11 @@ def assert_close(got, want, bound=1e-4):
         assert error <= bound, (jax.tree_util.keystr(path), error)
 
 
-def check_equal(name, **changes):
+def check_equal(mode):
     """A mode against the dense layer on one device."""
-    config = MoEConfig(**SIZES, **MODES[name], **changes)
+    config = layer(mode)
     grads, (y, metrics) = run(config, problem())
-    want_grads, (want_y, want_metrics) = run(MoEConfig(**SIZES, dispatch="dense", **changes), problem())
+    want_grads, (want_y, want_metrics) = run(DENSE, problem())
     assert_close(y, want_y)
     assert_close(grads, want_grads)
     np.testing.assert_array_equal(metrics.tokens_per_expert, want_metrics.tokens_per_expert)
@@ -119,7 +127,7 @@ def check_equal(name, **changes):
 
 
 def case_pft(folder):
-    check_equal("pft")
+    check_equal("pft_padded")
 
 
 def case_rbd_random(folder):
@@ -130,17 +138,9 @@ def case_rbd_first_groups(folder):
     check_equal("rbd_first_groups")
 
 
-def case_rbd_rail(folder):
-    check_equal("rbd_rail")
-
-
-def case_rbd_ssmb(folder):
+def case_rbd_rail_ssmb(folder):
     check_equal("rbd_ssmb")
 
 
-def case_padded(folder):
-    check_equal("padded")
-
-
-def case_maxtext(folder):
-    check_equal("maxtext")
+def case_tutel(folder):
+    check_equal("tutel")

@@ -10,34 +10,49 @@ from jaxlab.core import make_mesh
 from jaxlab.xmoe import MoE, MoEConfig
 from tests.aot import needs_aot
 from tests.oracles import moe as oracle
-from tests.xmoe.multiprocess_cases import DEVICES, MODES, SIZES, TOKENS, TWO, assert_close, check_equal, problem, run
+from tests.xmoe.multiprocess_cases import (
+    DENSE,
+    DEVICES,
+    MODES,
+    SIZES,
+    TOKENS,
+    TWO,
+    assert_close,
+    check_equal,
+    layer,
+    mesh_of,
+    problem,
+    run,
+)
 
-EXCHANGED = ["pft", "rbd_random"]
+EXCHANGED = ["pft", "rbd_rail"]  # with the kernels of the platform
 
 
 @pytest.mark.parametrize(
-    "mode", [pytest.param(name, marks=pytest.mark.latest) if name in EXCHANGED else name for name in MODES]
+    "mode", [pytest.param(mode, marks=pytest.mark.latest) if mode in EXCHANGED else mode for mode in MODES]
 )
 def test_every_mode_is_the_dense_layer(mode):
     check_equal(mode)
 
 
 def test_bfloat16():
-    _, (y, _) = run(MoEConfig(**SIZES, **MODES["rbd_random"]), problem(), dtype="bfloat16")
-    _, (want, _) = run(MoEConfig(**SIZES, dispatch="dense"), problem())
-    assert_close(y, want, 2e-2)
+    config = layer("rbd_rail")
+    params, x, _ = problem()
+    apply = jax.jit(MoE(config, mesh=mesh_of(config), dtype="bfloat16").apply)
+    y, _ = apply({"params": params}, x, rng=jax.random.key(0))
+    assert_close(np.asarray(y), run(DENSE, problem())[1][0], 2e-2)
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_drop_policies(policy):
     """Each device drops among its own tokens, before pilots are chosen."""
     drops = {"drop_policy": policy, "capacity_factor": 0.7, "min_capacity": 1, "combine_weight": "softmax_renorm"}
-    want = run(MoEConfig(**SIZES, **MODES["local"], **drops), problem())
-    assert 0.05 < want[1][1].dropped_fraction < 0.6
-    for mode in EXCHANGED if policy == "probs" else ["rbd_rail"]:
-        grads, (y, metrics) = run(MoEConfig(**SIZES, **MODES[mode], **drops), problem())
-        assert_close((grads, y), (want[0], want[1][0]))
-        np.testing.assert_array_equal(metrics.tokens_per_expert, want[1][1].tokens_per_expert)
+    want_grads, (want, want_metrics) = run(layer("tutel", **drops), problem())
+    assert 0.05 < want_metrics.dropped_fraction < 0.6
+    for mode in ["pft_padded", "rbd_random"] if policy == "probs" else ["rbd_first"]:
+        grads, (y, metrics) = run(layer(mode, **drops), problem())
+        assert_close((grads, y), (want_grads, want))
+        np.testing.assert_array_equal(metrics.tokens_per_expert, want_metrics.tokens_per_expert)
         assert metrics.dropped_recv == 0
 
 
@@ -53,8 +68,8 @@ def crowded():
 
 @pytest.mark.parametrize("mode", EXCHANGED)
 def test_experts_without_tokens(mode):
-    grads, (y, metrics) = run(MoEConfig(**SIZES, **MODES[mode]), crowded())
-    want_grads, (want, _) = run(MoEConfig(**SIZES, dispatch="dense"), crowded())
+    grads, (y, metrics) = run(layer(mode), crowded())
+    want_grads, (want, _) = run(DENSE, crowded())
     assert_close((grads, y), (want_grads, want))
     assert metrics.tokens_per_expert.tolist() == [64] * 3 + [0] * 13
     assert not np.any(grads[0]["up"][3:])
@@ -65,7 +80,7 @@ def test_nan_logits_stay_with_their_token(mode):
     params, x, mix = problem()
     x = x.copy()
     x[37, 2] = np.nan
-    _, (y, metrics) = run(MoEConfig(**SIZES, **MODES[mode]), (params, x, mix))
+    _, (y, metrics) = run(layer(mode), (params, x, mix))
     assert np.flatnonzero(np.isnan(y).any(axis=1)).tolist() == [37]
     assert metrics.tokens_per_expert.sum() == TOKENS * 3
 
@@ -73,10 +88,10 @@ def test_nan_logits_stay_with_their_token(mode):
 @pytest.mark.parametrize("mode", EXCHANGED)
 def test_every_expert_and_one_token_a_device(mode):
     """k = E, one expert and one token on each device."""
-    sizes = {**SIZES, "num_experts": 8, "top_k": 8}
+    sizes = {"num_experts": 8, "top_k": 8, "implementation": "reference"}
     few = problem(tokens=DEVICES, experts=8)
-    grads, (y, metrics) = run(MoEConfig(**sizes, **MODES[mode]), few)
-    want_grads, (want, _) = run(MoEConfig(**sizes, dispatch="dense"), few)
+    grads, (y, metrics) = run(layer(mode, **sizes), few)
+    want_grads, (want, _) = run(dataclasses.replace(DENSE, **sizes), few)
     assert_close((grads, y), (want_grads, want))
     assert metrics.tokens_per_expert.tolist() == [8] * 8
     assert metrics.inter_node_rows == (DEVICES * 4 if mode == "pft" else DEVICES)
@@ -84,24 +99,22 @@ def test_every_expert_and_one_token_a_device(mode):
 
 @pytest.mark.parametrize("mode", EXCHANGED)
 def test_no_tokens(mode):
-    grads, (y, metrics) = run(MoEConfig(**SIZES, **MODES[mode]), problem(tokens=0))
+    grads, (y, metrics) = run(layer(mode), problem(tokens=0))
     assert y.shape == (0, 16)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
     assert metrics.tokens_per_expert.sum() == metrics.dropped_recv == metrics.inter_node_rows == 0
 
 
 def test_within_one_node_rbd_is_pft():
-    (grads, (y, metrics)), want = (
-        run(MoEConfig(**{**SIZES, "node_size": 8}, expert_axes=("expert",), dispatch=name), problem())
-        for name in ("rbd", "pft")
-    )
-    assert metrics.inter_node_rows == 0
-    jax.tree.map(np.testing.assert_array_equal, (grads, (y, metrics)), want)
+    grads, (y, metrics) = run(layer("rbd_random_groups", node_size=8), problem())
+    want_grads, (want, want_metrics) = run(layer("rbd_random_groups", node_size=8, dispatch="pft"), problem())
+    assert metrics.inter_node_rows == want_metrics.inter_node_rows == 0
+    jax.tree.map(np.testing.assert_array_equal, (grads, y), (want_grads, want))
 
 
 def test_what_does_not_fit_is_lost_in_order():
     """24 rows a device: by source, then expert, then row. Device 0 has experts 0 and 1, device 1 has 2 and 3."""
-    config = MoEConfig(**SIZES, **MODES["pft"], recv_buffer_factor=1)
+    config = layer("pft_padded", recv_buffer_factor=1)
     params, x, mix = crowded()
     grads, (y, metrics) = run(config, (params, x, mix))
     assert metrics.dropped_recv == (128 - 24) + (64 - 24)
@@ -120,7 +133,7 @@ def test_what_does_not_fit_is_lost_in_order():
 
 def test_rematerialisation_repeats_the_plan():
     """With buffers so small that other pilots would lose other rows."""
-    config = MoEConfig(**SIZES, **MODES["rbd_random"], recv_buffer_factor=0.5)
+    config = layer("rbd_random", recv_buffer_factor=0.5)
     want = run(config, problem())
     assert want[1][1].dropped_recv > 20
     assert_close(run(config, problem(), remat=True), want, 1e-6)
@@ -133,7 +146,7 @@ def test_rbd_compiles_for_16_gpus():
 
     target = plan.target("h100", topology="1x2x8", mesh={"node": 2, "expert": 8})
     config = MoEConfig(num_experts=32, top_k=4, hidden_size=128, ffn_size=64, dispatch="rbd", expert_axes=TWO)
-    layer = MoE(config, mesh=target.mesh, dtype="bfloat16")
+    moe = MoE(config, mesh=target.mesh, dtype="bfloat16")
     x = jax.ShapeDtypeStruct((16 * 256, 128), jnp.bfloat16, sharding=NamedSharding(target.mesh, PartitionSpec(TWO)))
     params = {
         "router": {"kernel": jax.ShapeDtypeStruct((128, 32), jnp.float32)},
@@ -144,7 +157,7 @@ def test_rbd_compiles_for_16_gpus():
     }
 
     def loss(params, x):
-        y, _ = layer.apply({"params": params}, x, train=True, rng=jax.random.key(0))
+        y, _ = moe.apply({"params": params}, x, train=True, rng=jax.random.key(0))
         return jnp.sum(y.astype(jnp.float32))
 
     compiled = plan.compile(jax.grad(loss, (0, 1)), params, x, target=target, labels=["parameters", "input"])
@@ -167,6 +180,6 @@ def test_bad_inputs(unchecked):
         call(dataclasses.replace(pft, node_size=3), {"expert": 8})
     with pytest.raises(ValueError, match="num_experts=12 must be a multiple of the 8 devices"):
         call(dataclasses.replace(pft, num_experts=12), {"expert": 8})
-    ssmb = MoEConfig(**SIZES, **MODES["pft_ssmb"])
+    ssmb = layer("pft_ssmb")
     with pytest.raises(ValueError, match="tokens must be a multiple of the size of 'tensor', got 15 tokens over 2"):
         call(ssmb, {"node": 2, "expert": 2, "tensor": 2}, rows=60)
