@@ -120,10 +120,13 @@ class MoE(nn.Module):
         Raises:
             ValueError: x is not `[..., H]`; the experts, or the rows, are not divisible by the devices; an axis is
                 neither bound nor in a mesh; something random needs a key.
+            TypeError: x is not floating.
         """
         config = self.config
         if x.ndim < 1 or x.shape[-1] != config.hidden_size:
             raise ValueError(f"x must be [..., hidden_size={config.hidden_size}], got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"x must be floating, got {x.dtype}")
         if self.is_initializing():
             self._create()
             config, mesh = (

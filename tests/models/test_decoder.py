@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from jaxlab.core import make_mesh
+from jaxlab.models.cost import parameter_count
 from jaxlab.models.decoder import (
     Cache,
     Decoder,
     DecoderConfig,
     KVCache,
+    MoEPolicy,
     MoESpec,
     RopeConfig,
     abstract_params,
@@ -227,6 +230,36 @@ def test_mlp_protocol():
     assert aux["blocks_1"]["noise"][0] != aux["blocks_1"]["noise"][1]
     unrolled = run(Decoder(dataclasses.replace(REPORTING, scan=False), mlp=_reporting_mlp), params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), unrolled, aux)
+
+
+def test_how_experts_run_does_not_change_the_model():
+    """Over a mesh and without a key, too: pilots are then the first slots. Training asks for the key."""
+    model, params = _model("sigmoid")
+    want = _apply(model, params, TOKENS)
+    policy = MoEPolicy(dispatch="rbd", expert_axes=("node",), node_size=1)
+    assert hash(policy) == hash(dataclasses.replace(policy))
+    spread = Decoder(model.config, mlp=policy)
+    with jax.set_mesh(make_mesh({"node": 2}, jax.devices()[:2])):
+        got = _apply(spread, params, TOKENS)
+        with pytest.raises(ValueError, match="pilot='random' needs rng"):
+            _apply(spread, params, TOKENS, train=True)
+    np.testing.assert_allclose(got.logits, want.logits, atol=1e-5)
+    ours, theirs = got.aux["blocks_0"], want.aux["blocks_0"]
+    np.testing.assert_array_equal(ours.tokens_per_expert, theirs.tokens_per_expert)
+    assert np.all(ours.inter_node_rows > 0)
+
+
+def test_experts_of_two_matrices():
+    config = dataclasses.replace(
+        TINY, moe=MoESpec(4, 2, 12, shared_ffn_size=8, activation="gelu"), model_type="mixtral"
+    )
+    shapes = abstract_params(Decoder(config))
+    assert sorted(shapes["blocks_0"]["mlp"]) == ["down", "router", "shared", "up"]
+    assert parameter_count(config).total == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    with pytest.raises(NotImplementedError, match="experts of two matrices"):
+        config.to_hf()
+    with pytest.raises(ValueError, match="activation must be 'swiglu', 'silu' or 'gelu', got 'relu'"):
+        MoESpec(4, 2, 12, activation="relu")
 
 
 def test_attention_is_replaced():

@@ -197,6 +197,8 @@ def test_bad_inputs(unchecked):
     params = init(layer, x)
     with pytest.raises(ValueError, match=r"x must be \[..., hidden_size=6\], got shape \(8, 5\)"):
         layer.apply({"params": params}, x[:, :5])
+    with pytest.raises(TypeError, match="x must be floating, got int32"):
+        layer.apply({"params": params}, x.astype(jnp.int32))
     with pytest.raises(
         ValueError, match=r"up must hold 5 of the 5 experts on each of 1 devices, got shape \(4, 6, 4\)"
     ):
