@@ -242,7 +242,7 @@ def test_how_experts_run_does_not_change_the_model():
     with jax.set_mesh(make_mesh({"node": 2}, jax.devices()[:2])):
         got = _apply(spread, params, TOKENS)
         with pytest.raises(ValueError, match="pilot='random' needs rng"):
-            _apply(spread, params, TOKENS, train=True)
+            jax.eval_shape(lambda: spread.apply({"params": params}, TOKENS, train=True))
     np.testing.assert_allclose(got.logits, want.logits, atol=1e-5)
     ours, theirs = got.aux["blocks_0"], want.aux["blocks_0"]
     np.testing.assert_array_equal(ours.tokens_per_expert, theirs.tokens_per_expert)
