@@ -199,7 +199,7 @@ class _Logger(core.MetricsLogger):
 def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
     """Trains a decoder on text. Called again on the same folder it goes on from the latest checkpoint.
 
-    `folder` gets `metrics.jsonl` (`step`, `loss`, `grad_norm`, `tokens_per_s`, `accuracy`, ...),
+    `folder` gets `metrics.jsonl` (`step`, `loss`, `grad_norm`, `tokens_per_s`, `accuracy`, `router_metrics`, ...),
     `checkpoints/`, `model/` (Hugging Face files of the final model and tokenizer) and `report.json`. Killed at any
     moment and started again, it repeats the same losses bit for bit on one device.
 
@@ -261,8 +261,7 @@ def _report(config: TrainConfig, folder: Path, state: TrainState) -> core.Report
             "final_loss": steps[-1]["loss"],
             "tokens_per_s": rates[len(rates) // 2],
         }
-        if "mfu" in steps[-1]:
-            metrics["mfu"] = steps[-1]["mfu"]
+        metrics |= {name: steps[-1][name] for name in ("mfu", "aux_loss", "expert_load_max") if name in steps[-1]}
     if evaluations:
         metrics["validation_perplexity"] = evaluations[-1]["validation_perplexity"]
     return core.Report(
