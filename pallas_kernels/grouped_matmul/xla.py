@@ -19,7 +19,7 @@ from pallas_kernels.dispatch import zeros_alike
 from pallas_kernels.grouped_matmul.gating import activate, gate_gradients
 
 # Tiles of fewer rows pay more for the loop than for the product; more rows are not faster.
-_MIN_ROWS, _MAX_ROWS, _MIN_STEP = 32, 512, 16
+_MIN_ROWS, _MAX_ROWS, _MIN_STEP, _FEW_ROWS = 32, 512, 16, 4
 
 
 def rows_times_weights(
@@ -244,10 +244,13 @@ def _transposed(x):
 
 
 def _tile_heights(m: int, groups: int) -> tuple[int, ...]:
-    """Up to eight heights in equal steps to half as much again as a mean group: most groups are one fitting tile."""
+    """Up to eight heights in equal steps to half as much again as a mean group: most groups are one fitting tile.
+
+    Where groups are small (decoding), one height for the few rows that most have, and one for the others.
+    """
     tallest = min(_MAX_ROWS, -(-3 * m // (2 * groups)))
     if tallest <= _MIN_ROWS:
-        return (min(m, _MIN_ROWS),)
+        return tuple(sorted({min(m, rows) for rows in (_FEW_ROWS, _MIN_ROWS)}))
     step = max(_MIN_STEP, -(-tallest // 64) * 8)
     return tuple(min(m, step * (i + 1)) for i in range(-(-min(m, tallest) // step)))
 
