@@ -145,7 +145,8 @@ def test_rbd_compiles_for_16_gpus():
     from jaxlab.core import plan
 
     target = plan.target("h100", topology="1x2x8", mesh={"node": 2, "expert": 8})
-    config = MoEConfig(num_experts=32, top_k=4, hidden_size=128, ffn_size=64, dispatch="rbd", expert_axes=TWO)
+    sizes = {"num_experts": 32, "top_k": 4, "hidden_size": 128, "ffn_size": 64}
+    config = MoEConfig(**sizes, dispatch="rbd", expert_axes=TWO, implementation="reference")
     moe = MoE(config, mesh=target.mesh, dtype="bfloat16")
     x = jax.ShapeDtypeStruct((16 * 256, 128), jnp.bfloat16, sharding=NamedSharding(target.mesh, PartitionSpec(TWO)))
     params = {
