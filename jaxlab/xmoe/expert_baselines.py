@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.xmoe.config import MoEConfig
 from jaxlab.xmoe.exchange import Splits, exchange, fitting, permute_rows, regrouping, starts_of
-from jaxlab.xmoe.expert_parallel import ExpertFunction, local_experts, rows_abroad
-from jaxlab.xmoe.experts import Experts, Routed, expert_ffn
+from jaxlab.xmoe.expert_parallel import local_experts, rows_abroad
+from jaxlab.xmoe.experts import ExpertFunction, Experts, Routed, expert_ffn
 from jaxlab.xmoe.peers import Peers, receive_rows, topology_of
 from jaxlab.xmoe.router import Routing
 

@@ -4,20 +4,16 @@ Dispatchers to be called inside a `jax.shard_map` over `config.expert_axes`; eve
 consecutive experts.
 """
 
-from collections.abc import Callable
-
 import jax
 from jaxtyping import Array, Float
 
 from jaxlab.xmoe.config import MoEConfig
 from jaxlab.xmoe.exchange import bring_back, deliver, rows_abroad
-from jaxlab.xmoe.experts import Experts, Routed, expert_ffn
+from jaxlab.xmoe.experts import ExpertFunction, Experts, Routed, expert_ffn
 from jaxlab.xmoe.peers import Peers, device_index, receive_rows, topology_of
 from jaxlab.xmoe.pft import build_pft, pft_gather, pft_scatter
 from jaxlab.xmoe.rbd import rbd_combine, rbd_dispatch, rbd_plan
 from jaxlab.xmoe.router import Routing
-
-ExpertFunction = Callable[[Array, Experts, Array, MoEConfig], Array]
 
 
 def pft(
