@@ -199,7 +199,7 @@ class _Logger(core.MetricsLogger):
 def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
     """Trains a decoder on text. Called again on the same folder it goes on from the latest checkpoint.
 
-    `folder` gets `metrics.jsonl` (`step`, `loss`, `grad_norm`, `tokens_per_s`, `accuracy`, `router_metrics`, ...),
+    `folder` gets `metrics.jsonl` (`step`, `loss`, `grad_norm`, `tokens_per_s`, `accuracy`, routing where there is any),
     `checkpoints/`, `model/` (Hugging Face files of the final model and tokenizer) and `report.json`. Killed at any
     moment and started again, it repeats the same losses bit for bit on one device.
 
