@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxlab.core.keys import named_key
+from jaxlab.core.mesh import DEFAULT_RULES
 from jaxlab.layers.linear import Linear
 from jaxlab.layers.mlp import GatedMLP
 from jaxlab.layers.sharding import named
@@ -42,9 +43,10 @@ _DISPATCHERS = {
 }
 """Name of a way of dispatching -> the module of this package that has the function of that name."""
 
-# Mesh axes whose ranks hold different tokens, in the order of the rows; `sequence` splits the second dimension.
-_BATCH_AXES = ("data", "fsdp", "node", "expert")
-_SEQUENCE_AXIS = "sequence"
+# The mesh axes that split rows, in their order, and the second dimension; and that over which dense layers are cut.
+_BATCH_AXES: Any = dict(DEFAULT_RULES)["batch"]
+_SEQUENCE_AXIS: Any = dict(DEFAULT_RULES)["sequence"]
+_WIDTH_AXIS: Any = dict(DEFAULT_RULES)["mlp"]
 
 
 @struct.dataclass
@@ -193,11 +195,11 @@ def _where(config: MoEConfig, mesh: Any, x: Array) -> tuple[MoEConfig, Any]:
     automatic = not ambient.empty and all(kind == AxisType.Auto for kind in ambient.axis_types)
     if mesh is None and not needed:
         # Left alone, XLA would gather all tokens to sort them. What does not divide (one row, say) is left alone.
-        if not automatic or x.shape[0] == 0 or _rows(config, ambient, x.shape)[1] is None:
+        if not automatic or ambient.size == 1 or x.size == 0 or _rows(config, ambient, x.shape)[1] is None:
             return config, None
-        tensor = ambient.shape.get("tensor", 1)
-        if tensor > 1 and config.ffn_size % tensor == 0:
-            config = dataclasses.replace(config, tp_axis="tensor")
+        parts = ambient.shape.get(_WIDTH_AXIS, 1)
+        if parts > 1 and config.ffn_size % parts == 0:
+            config = dataclasses.replace(config, tp_axis=_WIDTH_AXIS)
         return config, ambient
     mesh = ambient if mesh is None and automatic else mesh
     if mesh is None:
@@ -280,6 +282,9 @@ def _on_device(form: _Form, params: Any, x: Float[Array, "s h"], rng: Array | No
     # What the ranks of `width_axis` have computed in part is summed over them; a whole shared expert is equal on all.
     parts, wholes = [routed.y], []
     if config.shared_width:
+        if config.expert_axes:
+            # Once the counts are exchanged, not before: a scheduler that hides latency then has it for the rows.
+            x, *_ = jax.lax.optimization_barrier((x, routed.dropped_recv, routed.inter_node_rows))
         y, whole = _shared(form, params, x)
         (wholes if whole else parts).append(y)
     y = sum(parts[1:], parts[0])
