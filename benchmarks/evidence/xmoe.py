@@ -20,6 +20,8 @@ PAPER = {
 
 def items() -> Iterator[Item]:
     """The tables; later ones use what earlier ones have compiled, where one process makes all."""
+    yield from _traffic()
+    yield from _overlap()
     yield from _headline()
     yield from _paper_sizes()
     yield from _most()
@@ -76,6 +78,49 @@ def _most() -> Iterator[Item]:
         )
 
 
+_LAYER = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "ffn_size": 2048, "activation": "silu"}
+_TOKENS, _NODES, _PER_NODE = 1024, 4, 8
+_TRAFFIC: dict[str, dict[str, Any]] = {
+    "padded": {"dispatch": "padded", "drop_policy": "probs"},
+    "pft": {"dispatch": "pft", "recv_buffer_factor": 1.5},
+    "rbd, random pilots": {"dispatch": "rbd", "recv_buffer_factor": 1.5},
+    "rbd, rail": {"dispatch": "rbd", "pilot": "rail", "recv_buffer_factor": 1.5},
+}
+
+
+def _traffic() -> Iterator[Item]:
+    title = (
+        "Rows that one device of 4 x 8 H100 sends in one direction, MiB: room in the compiled program's exchanges, and "
+        "what uniform routing sends (E 256, k 8, H 7168, 1024 tokens a device; counts beside them included)"
+    )
+    for name, fields in _TRAFFIC.items():
+        yield Item(
+            name=f"traffic, {name}",
+            table=title,
+            settings={**_LAYER, **fields, "tokens": _TOKENS, "nodes": _NODES, "per_node": _PER_NODE},
+            run=lambda name=name, fields=fields: _traffic_row(name, fields),
+            seeds=(0,),
+        )
+
+
+_SMALL = {"num_experts": 64, "top_k": 6, "hidden_size": 2048, "ffn_size": 1408, "num_shared_experts": 2}
+_SCHEDULERS = {"as it is": {}, "latency hiding": {"xla_gpu_enable_latency_hiding_scheduler": True}}
+
+
+def _overlap() -> Iterator[Item]:
+    title = (
+        "Exchanges of rows in a layer's scheduled program, 2 x 8 H100, and what runs between their start and their end"
+    )
+    for dispatch in ("pft", "rbd"):
+        for scheduler, options in _SCHEDULERS.items():
+            yield Item(
+                name=f"overlap, {dispatch}, {scheduler}",
+                table=title,
+                settings={**_SMALL, "dispatch": dispatch, "options": options},
+                run=lambda dispatch=dispatch, scheduler=scheduler: _overlap_row(dispatch, scheduler),
+            )
+
+
 def _settings(system: str, size: str, devices: int, remat: str) -> dict[str, Any]:
     """All that decides an outcome: the configs' content and how the survey lays them out."""
     import dataclasses
@@ -90,6 +135,55 @@ def _settings(system: str, size: str, devices: int, remat: str) -> dict[str, Any
         "devices": devices,
         "remat": remat,
         "recv_buffer_factor": trainable.RECV_BUFFER_FACTOR,
+    }
+
+
+def _traffic_row(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    from jaxlab.xmoe import MoEConfig, Topology, dispatch_volume, uniform_redundancy_rate
+    from jaxlab.xmoe.traffic import bound, layer_plan
+
+    cfg = MoEConfig(**_LAYER, **fields, expert_axes=("node", "expert"))
+    room = bound(layer_plan(cfg, _TOKENS, {"node": _NODES, "expert": _PER_NODE}))
+    devices, k = _NODES * _PER_NODE, cfg.top_k
+    choices = np.argsort(np.random.default_rng(0).random((devices, _TOKENS, cfg.num_experts)), axis=-1)[..., :k]
+    sent = dispatch_volume(choices, cfg, Topology(devices, _PER_NODE))[cfg.dispatch]
+    row, abroad = cfg.hidden_size * 2, (_NODES - 1) / _NODES
+    slots = {
+        "padded": sent.inter_rows / devices / abroad,  # C places of every expert, used or not
+        "pft": _TOKENS * k,
+        "rbd": _TOKENS * k * (1 - uniform_redundancy_rate(cfg.num_experts, k, _NODES)),
+    }[cfg.dispatch]
+
+    def mib(size: float) -> float:
+        return round(size / 2**20, 1)
+
+    return {
+        "dispatch": name,
+        "exchanges that cross nodes, room": mib(room.across / 2),
+        "really to other nodes": mib(sent.inter_bytes / devices),
+        "closed form": mib(slots * abroad * row),
+        "exchanges inside nodes, room": mib(room.inside / 2),
+        "really inside nodes": mib(sent.intra_bytes / devices),
+    }
+
+
+def _overlap_row(dispatch: str, scheduler: str) -> dict[str, Any]:
+    from jaxlab.xmoe import MoEConfig
+    from jaxlab.xmoe.traffic import layer_plan, windows
+
+    cfg = MoEConfig(**_SMALL, dispatch=dispatch, expert_axes=("node", "expert"), recv_buffer_factor=1.5)
+    found = windows(layer_plan(cfg, 2048, {"node": 2, "expert": 8}, options=_SCHEDULERS[scheduler]).hlo)
+    names = [name for window in found for name in window.meanwhile]
+    shared = [name for name in names if "GatedMLP" in name and "dot_general" in name]
+    return {
+        "dispatch": dispatch,
+        "scheduler": scheduler,
+        "exchanges": len(found),
+        "asynchronous": sum(not window.synchronous for window in found),
+        "computations meanwhile": len(names),
+        "shared expert's matrix products among them": len(shared),
     }
 
 
