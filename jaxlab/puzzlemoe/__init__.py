@@ -24,53 +24,73 @@ from jaxlab.core import lazy
 if TYPE_CHECKING:
     from jaxlab.puzzlemoe import baselines
     from jaxlab.puzzlemoe.bit_packing import exponent_histogram, pack_pair, unpack
+    from jaxlab.puzzlemoe.calibration import collect_expert_stats
     from jaxlab.puzzlemoe.compression import PackedExperts, compress_experts
     from jaxlab.puzzlemoe.config import PuzzleConfig
     from jaxlab.puzzlemoe.layer import MoELayer, apply_moe_layer
     from jaxlab.puzzlemoe.memory import MemoryEstimate, estimate_memory
     from jaxlab.puzzlemoe.merging import MergedPair, dual_mask_merge, reconstruct, similarity_mask
+    from jaxlab.puzzlemoe.packed_moe import PackedMoE, PackedPolicy
     from jaxlab.puzzlemoe.pairing import random_pairs, search_pairs
     from jaxlab.puzzlemoe.quantization import QuantizedPair, dequantize_pair, quantize_pair
     from jaxlab.puzzlemoe.statistics import ExpertStats, expert_norms, expert_stats
+    from jaxlab.puzzlemoe.storage import load_packed, save_packed
+    from jaxlab.puzzlemoe.streaming import compress_checkpoint
+    from jaxlab.puzzlemoe.whole_model import CompressionReport, compress_moe, load_hf_moe, unpack_moe
 
 __all__ = [
+    "CompressionReport",
     "ExpertStats",
     "MemoryEstimate",
     "MergedPair",
     "MoELayer",
     "PackedExperts",
+    "PackedMoE",
+    "PackedPolicy",
     "PuzzleConfig",
     "QuantizedPair",
     "apply_moe_layer",
     "baselines",
+    "collect_expert_stats",
+    "compress_checkpoint",
     "compress_experts",
+    "compress_moe",
     "dequantize_pair",
     "dual_mask_merge",
     "estimate_memory",
     "expert_norms",
     "expert_stats",
     "exponent_histogram",
+    "load_hf_moe",
+    "load_packed",
     "pack_pair",
     "quantize_pair",
     "random_pairs",
     "reconstruct",
+    "save_packed",
     "search_pairs",
     "similarity_mask",
     "unpack",
+    "unpack_moe",
 ]
 
 __getattr__, __dir__ = lazy.attach(
     __name__,
     {
         "bit_packing": ("exponent_histogram", "pack_pair", "unpack"),
+        "calibration": ("collect_expert_stats",),
         "compression": ("PackedExperts", "compress_experts"),
         "config": ("PuzzleConfig",),
         "layer": ("MoELayer", "apply_moe_layer"),
         "memory": ("MemoryEstimate", "estimate_memory"),
         "merging": ("MergedPair", "dual_mask_merge", "reconstruct", "similarity_mask"),
+        "packed_moe": ("PackedMoE", "PackedPolicy"),
         "pairing": ("random_pairs", "search_pairs"),
         "quantization": ("QuantizedPair", "dequantize_pair", "quantize_pair"),
         "statistics": ("ExpertStats", "expert_norms", "expert_stats"),
+        "storage": ("load_packed", "save_packed"),
+        "streaming": ("compress_checkpoint",),
+        "whole_model": ("CompressionReport", "compress_moe", "load_hf_moe", "unpack_moe"),
     },
     modules=("baselines",),
 )

@@ -26,7 +26,7 @@ _UNDERFLOW_LIMIT = 1e-3
 # Weights that are merged at a time: their temporaries stay in the cache.
 _BLOCK = 1 << 18
 # Without the bits of position 1 (S_j, M_j).
-_ONLY_FIRST = 0xAFFF
+ONLY_FIRST = 0xAFFF
 
 
 @struct.dataclass
@@ -189,7 +189,7 @@ def _merge_block(w_i, w_j, norm_i, norm_j, single, tau, underflow):
     # An expert merged with itself is similar everywhere, and its magnitude the mean of two equal numbers: exact.
     merged = dual_mask_merge(w_i, w_j, norm_i, norm_j, tau=tau)
     words = pack_pair(merged, underflow=underflow, checked=False)
-    words = words & jnp.where(single, jnp.uint16(_ONLY_FIRST), jnp.uint16(0xFFFF))
+    words = words & jnp.where(single, jnp.uint16(ONLY_FIRST), jnp.uint16(0xFFFF))
     exponent = exponents(merged.mag)
     error = squares = covered = 0
     for pos, member in enumerate((w_i, w_j)):
