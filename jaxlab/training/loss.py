@@ -198,6 +198,7 @@ class LMLoss:
     model: Decoder
     aux_loss_coef: int | float
     z_loss_coef: int | float
+    train: bool = True
 
     def __call__(self, params: PyTree, batch: TokenBatch, rng: Array | None) -> LossOutput:
         """Sums over the batch's weights."""
@@ -207,7 +208,7 @@ class LMLoss:
             batch.tokens,
             batch.positions,
             batch.segment_ids,
-            train=True,
+            train=self.train,
             rngs=None if rng is None else {"mlp": rng},
         )
         head = head_weight(params).astype(out.hidden.dtype)
@@ -238,7 +239,7 @@ def lm_loss(model: Decoder, *, aux_loss_coef: int | float = 0.01, z_loss_coef: i
 
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate(model: Decoder, params: PyTree, batch: TokenBatch) -> LossOutput:
-    return LMLoss(model, 0.0, 0.0)(params, batch, None)
+    return LMLoss(model, 0.0, 0.0, train=False)(params, batch, None)
 
 
 def perplexity(model: Decoder, params: PyTree, batches: Iterable[TokenBatch]) -> float:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxlab import core
 from jaxlab.core import plan as planning
 from jaxlab.models.decoder import Decoder, MoEPolicy, MoESpec, abstract_params, init_params
-from jaxlab.training import OptimizerConfig, TrainState, lm_loss, make_train_step, optimizer, plan
+from jaxlab.training import OptimizerConfig, TrainState, lm_loss, make_train_step, optimizer, perplexity, plan
 from jaxlab.training.sharding import expert_policy, place_state, state_shardings
 from tests.training import toys
 
@@ -66,6 +66,10 @@ def test_eight_devices_give_the_losses_of_one(dispatch, alone):
     np.testing.assert_allclose(rows[-1]["expert_load_max"], alone[1][-1]["expert_load_max"], rtol=1e-5)
     assert rows[-1]["dropped_recv"] == rows[-1]["dropped_fraction"] == 0
     assert state.params["blocks_0"]["mlp"]["gate"].sharding.spec == PartitionSpec(None, ("node", "expert"))
+    if dispatch == "rbd":  # evaluated without a key
+        spread = Decoder(MODEL, mlp=expert_policy(MoEPolicy(dispatch=dispatch), mesh))
+        want = perplexity(Decoder(MODEL), alone[0].params, [toys.batch(9)])
+        np.testing.assert_allclose(perplexity(spread, state.params, [toys.batch(9)]), want, rtol=1e-5)
 
 
 def test_the_balance_loss_is_the_mean_of_the_devices_own():
