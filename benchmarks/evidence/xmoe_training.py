@@ -88,6 +88,12 @@ def _rows(folder: Path) -> list[dict[str, float]]:
     return [row for row in core.jsonl.read(path) if "loss" in row] if path.exists() else []
 
 
+def _cross_entropy(rows: list[dict[str, float]], config: Any) -> list[float]:
+    """The loss of each step without the balance losses of the sparse layers."""
+    sparse = sum(run.stop - run.start for run in config.model.layer_runs() if run.sparse)
+    return [row["loss"] - config.aux_loss_coef * sparse * row.get("aux_loss", 0.0) for row in rows]
+
+
 def _losses(mode: str) -> list[float]:
     return [row["loss"] for row in _rows(_folder(_config("laptop", (*CHANGES, f"moe.dispatch={mode}"))))]
 
@@ -104,7 +110,7 @@ def _trained(name: str, what: str, config: Any) -> dict[str, Any]:
     report = recipe.run(dataclasses.replace(config, folder=str(folder)))
     report.save(folder / "report")
     told, count = report.metrics, cost.parameter_count(config.model)
-    tail = _rows(folder)[-50:]
+    tail = _cross_entropy(_rows(folder)[-50:], config)
     row = {
         "config": name,
         "what": what,
@@ -112,8 +118,8 @@ def _trained(name: str, what: str, config: Any) -> dict[str, Any]:
         "active": count.active,
         "steps": config.steps,
         "tokens": config.steps * config.batch_size * config.length,
-        "loss, last 50 steps": sum(each["loss"] for each in tail) / len(tail),
-        "validation loss": math.log(told["validation_perplexity"]),
+        "cross-entropy, last 50 steps": sum(tail) / len(tail),
+        "validation": math.log(told["validation_perplexity"]),
     }
     if config.model.moe is not None:
         redundancy = {nodes: (measured, uniform) for nodes, measured, uniform in _table(report, "Redundancy")}
@@ -167,11 +173,11 @@ def _curves(runs: dict[str, list[dict[str, float]]]) -> Any:
 
     drawn, axes = figure(7.0, 3.8)
     for (name, rows), colour in zip(runs.items(), COLOURS):
-        steps = [row["step"] for row in rows]
-        axes.plot(steps, _smooth([row["loss"] for row in rows]), color=colour, linewidth=1.4, label=RUNS[name])
+        steps, losses = [row["step"] for row in rows], _cross_entropy(rows, _config(name, ("rows=64",)))
+        axes.plot(steps, _smooth(losses), color=colour, linewidth=1.4, label=RUNS[name])
     axes.set_ylim(top=4.0)
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats a byte (mean of 20 steps)")
+    axes.set_ylabel("cross-entropy, nats a byte (mean of 20 steps)")
     axes.legend(frameon=False)
     return drawn
 
