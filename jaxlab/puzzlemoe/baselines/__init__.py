@@ -1,7 +1,8 @@
 """What PuzzleMoE is compared with, each over one layer of plain arrays.
 
 `METHODS[name](layer, x, layer_stats, target_experts, *, pairs=None, seed=0)` gives a smaller `MoELayer`; x `[B,T,d]`
-are calibration batches. Merged experts are tied as copies; "naee" and "drop" delete router columns.
+are calibration batches. Merged experts are tied as copies; "naee" and "drop" delete router columns. `apply_method`
+does it to every layer of a decoder.
 
 Example:
     import jax
@@ -15,27 +16,10 @@ Example:
     half = {name: method(layer, x, None, 2) for name, method in METHODS.items()}
 """
 
-from collections.abc import Callable
-from types import MappingProxyType
+from jaxlab.puzzlemoe.baselines.clustering import hc_labels
+from jaxlab.puzzlemoe.baselines.expert_dropping import naee_search
+from jaxlab.puzzlemoe.baselines.methods import METHODS
+from jaxlab.puzzlemoe.baselines.wanda import wanda_mask
+from jaxlab.puzzlemoe.baselines.whole_model import apply_method
 
-from jaxlab.puzzlemoe.baselines.clustering import hc_labels, hc_smoe, m_smoe
-from jaxlab.puzzlemoe.baselines.expert_dropping import drop, naee, naee_search
-from jaxlab.puzzlemoe.baselines.pair_merging import average, puzzle
-from jaxlab.puzzlemoe.baselines.wanda import wanda, wanda_2_4, wanda_mask
-from jaxlab.puzzlemoe.layer import MoELayer
-
-METHODS: MappingProxyType[str, Callable[..., MoELayer]] = MappingProxyType(
-    {
-        "average": average,
-        "drop": drop,
-        "hc_smoe": hc_smoe,
-        "naee": naee,
-        "wanda": wanda,
-        "wanda_2_4": wanda_2_4,
-        "m_smoe": m_smoe,
-        "puzzle": puzzle,
-    }
-)
-"""Name -> method."""
-
-__all__ = ["METHODS", "hc_labels", "naee_search", "wanda_mask"]
+__all__ = ["METHODS", "apply_method", "hc_labels", "naee_search", "wanda_mask"]
