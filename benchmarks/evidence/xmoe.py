@@ -228,11 +228,10 @@ def _fewest_row(system: str, size: str) -> dict[str, Any]:
     from jaxlab.xmoe import trainable
 
     row: dict[str, Any] = {"size": size, "system": trainable.SYSTEMS[system].title}
-    for gpu, memory in GPUS.items():
-        found = trainable.fewest(system, size, DEVICES, gpu=gpu)
-        row[f"GPUs, {memory}"] = "none" if found is None else found.devices
-        row[f"GiB, {memory}"] = None if found is None else _gib(found.total)
-        row[f"TP, {memory}"] = None if found is None else found.tensor
+    for gpu, found in trainable.fewest(system, size, DEVICES, gpus=tuple(GPUS)).items():
+        row[f"GPUs, {GPUS[gpu]}"] = "none" if found is None else found.devices
+        row[f"TP, {GPUS[gpu]}"] = None if found is None else found.tensor
+        row[f"GiB, {GPUS[gpu]}"] = None if found is None else _gib(found.total)
     return row
 
 

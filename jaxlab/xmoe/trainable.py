@@ -319,18 +319,26 @@ def parameters(size: str, layers: int) -> int:
 
 
 def fewest(
-    system: str, size: str, devices: Sequence[int], *, gpu: str = "mi250x", remat: str = "none"
-) -> Outcome | None:
-    """The step on the fewest of `devices` GPUs that a system trains a size on; None: not even on the most of them.
+    system: str, size: str, devices: Sequence[int], *, gpus: Sequence[str] = ("mi250x", "h100"), remat: str = "none"
+) -> dict[str, Outcome | None]:
+    """The step on the fewest of `devices` that a system trains a size on, for each kind of GPU; None: on none of them.
 
-    More GPUs never need more of each, so the largest number is tried first and then the smaller ones from below.
+    Laid out for the GPU with the least memory. Steps whose estimate is half as much again as the most memory are not
+    compiled.
     """
-    ordered = sorted(devices)
-    most = best(system, size, ordered[-1], gpu=gpu, remat=remat)
-    if not most.fits(gpu):
-        return None
-    tried = (best(system, size, count, gpu=gpu, remat=remat) for count in ordered[:-1])
-    return next((each for each in tried if each.fits(gpu)), most)
+    smallest, largest = min(gpus, key=usable), max(gpus, key=usable)
+    found: dict[str, Outcome | None] = dict.fromkeys(gpus)
+    for count in sorted(devices):
+        guess = min(estimate(system, size, count, ranks, remat=remat) for ranks in _tensors(size, count))
+        if guess > 1.5 * usable(largest):
+            continue
+        made = best(system, size, count, gpu=smallest, remat=remat)
+        for gpu in gpus:
+            if found[gpu] is None and made.fits(gpu):
+                found[gpu] = made
+        if all(found.values()):
+            break
+    return found
 
 
 def survey(
