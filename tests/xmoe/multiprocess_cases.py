@@ -15,6 +15,7 @@ from jaxlab.xmoe import MoE, MoEConfig
 from tests.oracles import expert_parallel as oracle
 
 TOKENS, DEVICES = 64, 8
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # a program that runs once
 ONE, TWO, THREE = ("expert",), ("node", "expert"), ("node", "expert", "tensor")
 MESHES = {
     ONE: {"expert": 8},
@@ -93,7 +94,7 @@ def program(config, remat=False):
 
     step = jax.grad(loss, argnums=(0, 1), has_aux=True)
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, out_shardings=replicated)
+    return jax.jit(step, out_shardings=replicated, compiler_options=QUICK_TO_COMPILE)
 
 
 def run(config, problem, *, remat=False):

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxlab.core import make_mesh
 from jaxlab.xmoe import MoEConfig, Routing, Topology, build_pft, rbd_combine, rbd_dispatch, rbd_plan
 from tests.oracles import expert_parallel as oracle
+from tests.xmoe.multiprocess_cases import QUICK_TO_COMPILE
 
 DEVICES, TOKENS, K, EXPERTS = 8, 6, 3, 16
 CONFIG = MoEConfig(num_experts=EXPERTS, top_k=K, hidden_size=2, ffn_size=2, dispatch="rbd")
@@ -86,7 +87,7 @@ def delivered(pilot, axes, factor=None):
     mesh = make_mesh({"expert": 8} if len(axes) == 1 else {"node": 2, "expert": 4})
     spec = PartitionSpec(axes)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, PartitionSpec()), out_specs=spec)
     def run(ids, keep, key):
         x = (jax.lax.axis_index(axes) * TOKENS + jnp.arange(TOKENS, dtype=jnp.float32))[:, None] * jnp.ones((1, 2))
