@@ -200,13 +200,18 @@ def _read_config(folder: Path) -> tuple[DecoderConfig, str, PackedPolicy, str]:
         if packed["version"] != _VERSION:
             raise ValueError(f"version {packed['version']}, expected {_VERSION}")
         check_name("weights", packed["weights"], FORMATS)
-        fields: dict[str, Any] = dict(packed["decoder"])
-        fields |= {"rope": RopeConfig(**fields["rope"]), "moe": MoESpec(**fields["moe"])}
+        fields = _tuples(packed["decoder"])
+        fields |= {"rope": RopeConfig(**_tuples(fields["rope"])), "moe": MoESpec(**_tuples(fields["moe"]))}
         config = DecoderConfig(**fields)
         policy = PackedPolicy(packed["num_pairs"], packed["unmerged"])
         return config, config.param_dtype, policy, packed["weights"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not describe a packed model: {error!r}") from error
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config, whose tuples JSON has made lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
