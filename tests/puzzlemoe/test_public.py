@@ -33,6 +33,13 @@ def test_contract():
         puzzlemoe.compress_experts: "gate up down layer_stats pairs cfg",
         puzzlemoe.apply_moe_layer: "layer x",
         puzzlemoe.estimate_memory: "hf_config ratio",
+        puzzlemoe.collect_expert_stats: "model params batches",
+        puzzlemoe.load_hf_moe: "path * dtype",
+        puzzlemoe.compress_moe: "model params stats cfg * pairs",
+        puzzlemoe.unpack_moe: "model params",
+        puzzlemoe.compress_checkpoint: "model_dir out_dir cfg * calib pairs",
+        puzzlemoe.save_packed: "path model params report * format",
+        baselines.apply_method: "name model params batches * ratio seed",
         baselines.hc_labels: "features num_groups * linkage",
         baselines.naee_search: "layer x num_drop",
         baselines.wanda_mask: "weight n * sparsity pattern",
@@ -50,6 +57,10 @@ def test_contract():
         puzzlemoe.PackedExperts: "gate up down slot_of pos_of dense_gate dense_up dense_down",
         puzzlemoe.MoELayer: "router gate up down top_k norm_topk_prob act",
         puzzlemoe.MemoryEstimate: "total_bytes expert_bytes other_bytes",
+        puzzlemoe.CompressionReport: (
+            "bytes_before bytes_after expert_bytes_before expert_bytes_after pairs mask_density sim_fraction rel_mse "
+            "exponent_coverage warnings"
+        ),
         puzzlemoe.PuzzleConfig: "ratio tau norm pairing seed underflow unmerged min_tokens",
     }
     for struct, names in fields.items():
