@@ -193,7 +193,7 @@ OPS = (
         differentiate=(0, 1, 2),
         gpu_shapes=_gated_gpu_shapes,
         gpu_shape="4096 rows, 8 groups, two matrices of 512 x 256, bfloat16",
-        notes="The forward pass stores the result alone. For gradients both products are kept, and theirs take their place.",
+        notes="The forward pass stores the result alone. For gradients both products are kept; theirs replace them.",
     ),
     Op(
         name="token_gather",

@@ -56,7 +56,8 @@ class Program(NamedTuple):
 def program(function: Callable[..., Any], *args: Any) -> Program:
     """Compiles."""
     compiled = jax.jit(function).lower(*args).compile()
-    return Program(functools.partial(compiled, *args), compiled.memory_analysis().temp_size_in_bytes)
+    memory: Any = compiled.memory_analysis()
+    return Program(functools.partial(compiled, *args), memory.temp_size_in_bytes)
 
 
 def inputs(config: MoEConfig, tokens: int) -> tuple[jax.Array, Any]:
@@ -81,6 +82,20 @@ def programs(config: MoEConfig, tokens: int, *which: str) -> dict[str, Program]:
     return {name: program(made[name], *args) for name in which or made}
 
 
+def timed(
+    what: str,
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    name: str,
+    bar: float | None,
+    repeats: int,
+    warmup: int = 2,
+) -> Case:
+    """Both in turn."""
+    mine, theirs = interleaved(ours, peer, repeats=repeats, warmup=warmup)
+    return Case(SYSTEM, what, "ms", mine * 1e3, theirs * 1e3, name, bar)
+
+
 # Way of dispatching, what it is called, its settings, and its bars: time of both passes, temporaries.
 PEERS = (
     ("ragged_dot", "lax.ragged_dot", {}, {FORWARD: (12.0, None), BOTH: (None, 12.0)}),
@@ -103,10 +118,9 @@ def _against_dispatchers(quick: bool) -> Iterator[Case]:
         repeats = (3 if slow else 7) if quick else (5 if slow else 21)
         for what, (time_bar, memory_bar) in bars.items():
             case = f"layer, {LAYER}, {what}"
-            times = interleaved(ours[what].run, theirs[what].run, repeats=repeats, warmup=1)
-            yield Case(SYSTEM, case, "ms", *(1e3 * t for t in times), name, time_bar)
-            sizes = (ours[what].temporaries / MIB, theirs[what].temporaries / MIB)
-            yield Case(SYSTEM, case, "temporary MiB", *sizes, name, memory_bar)
+            yield timed(case, ours[what].run, theirs[what].run, name, time_bar, repeats, warmup=1)
+            sizes = [made[what].temporaries / MIB for made in (ours, theirs)]
+            yield Case(SYSTEM, case, "temporary MiB", sizes[0], sizes[1], name, memory_bar)
 
 
 def torch_block(kind: str, shape: Shape, experts: str) -> Any:
@@ -122,7 +136,8 @@ def torch_block(kind: str, shape: Shape, experts: str) -> Any:
 
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    sizes = {"hidden_size": shape.hidden, "num_experts_per_tok": shape.top_k, "experts_implementation": experts}
+    sizes: dict[str, Any] = {"hidden_size": shape.hidden, "num_experts_per_tok": shape.top_k}
+    sizes["experts_implementation"] = experts
     if kind == "Qwen2-MoE":
         config = transformers.Qwen2MoeConfig(
             **sizes,
@@ -171,9 +186,8 @@ def _against_torch(quick: bool) -> Iterator[Case]:
         ours = programs(shape.config(**settings), shape.tokens)
         for what, made in ours.items():
             peer = torch_run(block, shape, what)
-            times = interleaved(made.run, peer, repeats=7 if quick else 21, warmup=2)
             name = f"torch, transformers' {kind} block, grouped_mm"
-            yield Case(SYSTEM, f"layer, {shape}, {what}", "ms", *(1e3 * t for t in times), name, 1.0)
+            yield timed(f"layer, {shape}, {what}", made.run, peer, name, 1.0, 7 if quick else 21)
 
 
 def loop_over_experts(config: MoEConfig) -> Callable[[jax.Array, Any], jax.Array]:
@@ -207,8 +221,7 @@ def _decoding(quick: bool) -> Iterator[Case]:
             block = torch_block("Mixtral", shape, "eager")
             peers["torch, loop over the experts hit"] = torch_run(block, shape, FORWARD)
         for name, peer in peers.items():
-            times = interleaved(ours.run, peer, repeats=50 if quick else 300, warmup=5)
-            yield Case(SYSTEM, f"layer, {shape}, {FORWARD}", "ms", *(1e3 * t for t in times), name, 1.0)
+            yield timed(f"layer, {shape}, {FORWARD}", ours.run, peer, name, 1.0, 50 if quick else 300)
 
 
 def _planning(quick: bool) -> Iterator[Case]:
@@ -219,8 +232,8 @@ def _planning(quick: bool) -> Iterator[Case]:
     logits = jax.random.normal(jax.random.key(2), (shape.tokens, shape.experts))
     pft = jax.jit(lambda logits: build_pft(top_k_gating(logits, config, train=False), config))(logits)
     plan = program(lambda pft, key: rbd_plan(pft, config, Topology(32, 8), key, device=0), pft, jax.random.key(3))
-    times = interleaved(plan.run, layer.run, repeats=7 if quick else 21, warmup=2)
-    yield Case(SYSTEM, f"RBD plan over 4 nodes of 8, {shape}", "ms", *(1e3 * t for t in times), "PFT forward", 4.0)
+    what = f"RBD plan over 4 nodes of 8, {shape}"
+    yield timed(what, plan.run, layer.run, "PFT forward", 4.0, 7 if quick else 21)
 
 
 def _sequence_sharding() -> Iterator[Case]:

@@ -78,8 +78,8 @@ class Composed:
     ) -> tuple[Float[Array, "m k"], Float[Array, "g k n"], Float[Array, "g k n"]]:
         """Gradients of `gated` in rows, gate and up, given its two products."""
         precise = jnp.promote_types(jnp.result_type(rows, gate, up), jnp.float32)
-        d_products = gate_gradients(*(x.astype(precise) for x in (z, u, grads)), act)
-        d_rows = sum(
+        d_products = gate_gradients(z.astype(precise), u.astype(precise), grads.astype(precise), act)
+        by_gate, by_up = (
             self._rows_times_weights(d, weights, group_sizes, transpose=True, dtype=precise)
             for d, weights in zip(d_products, (gate, up), strict=True)
         )
@@ -87,4 +87,4 @@ class Composed:
             self._weights_gradient(rows, d, group_sizes, dtype=weights.dtype)
             for d, weights in zip(d_products, (gate, up), strict=True)
         )
-        return d_rows.astype(rows.dtype), d_gate, d_up
+        return (by_gate + by_up).astype(rows.dtype), d_gate, d_up

@@ -145,7 +145,8 @@ def gated_gradients(
 ) -> tuple[Float[Array, "m k"], Float[Array, "g k n"], Float[Array, "g k n"]]:
     """Gradients of `gated` in rows, gate and up, given its two products."""
     common = _check(interpret, rows, gate, up)
-    d_z, d_u = (d.astype(common) for d in gate_gradients(*(x.astype(jnp.float32) for x in (z, u, grads)), act))
+    z, u, grads = (x.astype(jnp.float32) for x in (z, u, grads))
+    d_z, d_u = (d.astype(common) for d in gate_gradients(z, u, grads, act))
     d_rows = rows_times_weights(d_z, gate, group_sizes, d_u, up, transpose=True, dtype=rows.dtype, interpret=interpret)
     d_gate, d_up = (
         weights_gradient(rows, d, group_sizes, dtype=w.dtype, interpret=interpret) for d, w in ((d_z, gate), (d_u, up))

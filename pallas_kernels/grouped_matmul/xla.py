@@ -120,8 +120,8 @@ def gated_gradients(
 
     def compute(tile):
         # Masked on both sides: what a foreign row holds may be NaN.
-        left, d_out = (tile.own_rows(x).astype(precise) for x in (rows, grads))
-        d_z, d_u = gate_gradients(*(tile.own_rows(x).astype(precise) for x in (z, u)), d_out, act)
+        left, *factors = (tile.own_rows(x).astype(precise) for x in (rows, z, u, grads))
+        d_z, d_u = gate_gradients(factors[0], factors[1], factors[2], act)
         d_rows = lax.dot_general(d_z, tile.matrix(gate).astype(precise), transposed)
         d_rows += lax.dot_general(d_u, tile.matrix(up).astype(precise), transposed)
         left = _transposed(left)
@@ -194,8 +194,8 @@ def _over_tiles(
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     starts = ends - group_sizes
 
-    def computed(height, *place):
-        return compute(_Tile(*place, height, tallest))
+    def computed(height, group, at, first, end):
+        return compute(_Tile(group, at, first, end, height, tallest))
 
     def add_tile(group, first, out, heights, opens):
         end = ends[group]
@@ -213,7 +213,8 @@ def _over_tiles(
 
     def other_tiles(group, out):
         def body(state):
-            return state[0] + tallest, add_tile(group, *state, heights[-1:], opens=False)
+            first, out = state
+            return first + tallest, add_tile(group, first, out, heights[-1:], opens=False)
 
         return lax.while_loop(lambda state: state[0] < ends[group], body, (starts[group] + tallest, out))[1]
 

@@ -72,14 +72,14 @@ def _gather_kernel(x_ref: Any, ids_ref: Any, num_ref: Any, *refs: Any, tiles: Ti
     def _():
         row = first + jnp.arange(tiles.rows, dtype=jnp.int32)
         valid = (row < num_valid) & (row < out_ref.shape[0])
-        token = plt.load(ids_ref.at[row], mask=valid, other=0)
+        token, scale = plt.load(ids_ref.at[row], mask=valid, other=0), None
         if choices is not None:
             slot = jnp.clip(token, 0, scale_ref[0].shape[0] - 1)
             token, scale = slot // choices, plt.load(scale_ref[0].at[slot]).astype(jnp.float32)
         token = jnp.clip(token, 0, x_ref.shape[0] - 1)
         mask = valid[:, None] & inside(column, x_ref.shape[1])
         value = plt.load(x_ref.at[token[:, None], column[None, :]], mask=mask, other=0)
-        if choices is not None:
+        if scale is not None:
             value = (value.astype(jnp.float32) * scale[:, None]).astype(out_ref.dtype)
         plt.store(out_ref.at[row[:, None], column[None, :]], value, mask=mask)
 
