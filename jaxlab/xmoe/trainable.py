@@ -6,9 +6,10 @@ moments split over the data ranks (ZeRO-1) and experts spread as far as they go;
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -342,16 +343,10 @@ def fewest(
 
 
 def survey(
-    sizes: Sequence[str],
-    systems: Sequence[str],
-    devices: Sequence[int],
-    *,
-    gpu: str = "mi250x",
-    remat: str = "none",
-    progress: Callable[[Sequence[Any]], Iterator[Any]] = iter,
+    sizes: Sequence[str], systems: Sequence[str], devices: Sequence[int], *, gpu: str = "mi250x", remat: str = "none"
 ) -> Iterator[Outcome]:
     """`best` of every combination, one after the other as they are done."""
-    for size, system, count in progress([(s, y, n) for n in devices for y in systems for s in sizes]):
+    for count, system, size in itertools.product(devices, systems, sizes):
         yield best(system, size, count, gpu=gpu, remat=remat)
 
 
