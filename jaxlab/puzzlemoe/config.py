@@ -15,7 +15,7 @@ class PuzzleConfig:
 
     Attributes:
         ratio: fraction of the expert slots that is removed, in (0, 0.5]; 0.5 pairs all experts (paper: 0.25 and 0.5).
-        tau: two magnitudes with |a - b| <= tau (a + b) share their mean, in [0, 1] (paper: 0.4 for every model).
+        tau: two magnitudes with `|a - b| <= tau (a + b)` share their mean, in [0, 1] (paper: 0.4 for every model).
         norm: how calibration statistics become the norms that experts are compared by: "sum" (paper, read literally),
             "tokens" and "calls" (divided by the root of that count; the latter is Wanda's), "magnitude" (all ones).
         pairing: "random" (paper) or "search" (`search_pairs`, ours).

@@ -39,7 +39,7 @@ class MergedPair:
 def similarity_mask(
     w_i: Float[ArrayLike, "*shape"], w_j: Float[ArrayLike, "*shape"], tau: float | Float[ArrayLike, ""] = 0.4
 ) -> Bool[Array, "*shape"]:
-    """Where two weights are close enough in magnitude to share their mean: |a - b| <= tau (a + b), ties included.
+    """Where two weights are close enough in magnitude to share their mean: `|a - b| <= tau (a + b)`, ties included.
 
     Args:
         w_i: weights of one expert, any floating dtype of 16 bits or more; compared in float32.
@@ -66,7 +66,7 @@ def dual_mask_merge(
     """Merges the weights of two experts (arXiv:2511.04805, section 3.2).
 
     Similar magnitudes become their mean, used by both; elsewhere the more salient one stays, used by its owner alone,
-    and the other expert's weight becomes 0. Saliency is |w| times the norm of the input channel.
+    and the other expert's weight becomes 0. Saliency is the magnitude times the norm of the input channel.
 
     Args:
         w_i: weights of expert i, any floating dtype of 16 bits or more; the merge is in float32.

@@ -18,7 +18,7 @@ def wanda_mask(
     sparsity: float = 0.5,
     pattern: tuple[int, int] | None = None,
 ) -> Bool[Array, "k out"]:
-    """Which weights stay, by the score |weight| * n.
+    """Which weights stay, by the score `|weight| * n`.
 
     Without a pattern each output loses its floor(sparsity * K) lowest inputs; of equal scores, the earlier input.
 
