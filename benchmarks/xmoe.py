@@ -115,7 +115,7 @@ def _against_dispatchers(quick: bool) -> Iterator[Case]:
     for dispatch, name, settings, bars in PEERS:
         theirs = programs(LAYER.config(dispatch=dispatch, **settings), LAYER.tokens)
         slow = dispatch in ("ragged_dot", "padded")
-        repeats = (3 if slow else 7) if quick else (5 if slow else 21)
+        repeats = (5 if slow else 7) if quick else (7 if slow else 21)
         for what, (time_bar, memory_bar) in bars.items():
             case = f"layer, {LAYER}, {what}"
             yield timed(case, ours[what].run, theirs[what].run, name, time_bar, repeats, warmup=1)
