@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from jaxlab.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
+from jaxlab.layers.linear import few_rows
 from jaxlab.layers.sharding import constrain
 
 RNG = np.random.default_rng(0)
@@ -107,3 +108,11 @@ def test_constrain_follows_the_mesh():
     with jax.set_mesh(mesh):
         y = jax.jit(lambda x: constrain(x, ("batch", "sequence", None)))(x)
     assert y.sharding.spec == PartitionSpec("fsdp", "sequence")
+
+
+def test_a_row_alone_is_the_row_in_a_batch():
+    x = jax.random.normal(jax.random.key(0), (3, 24))
+    kernel_t = jax.random.normal(jax.random.key(1), (10, 24))
+    together, alone = (jax.jit(few_rows, static_argnums=2)(rows, kernel_t, "float32") for rows in (x, x[1:2]))
+    np.testing.assert_array_equal(alone, together[1:2])
+    np.testing.assert_allclose(together, x @ kernel_t.T, rtol=1e-5, atol=1e-5)
