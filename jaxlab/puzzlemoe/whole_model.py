@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -166,8 +167,7 @@ def unpack_moe(model: Any, params: Any) -> tuple[Any, Any]:
         mlp = dict(tree["mlp"])
         stacked = mlp.pop("experts")
         layers = [
-            unpack_experts(jax.tree.map(lambda leaf: leaf[at], stacked))  # noqa: B023
-            for at in range(stacked.slot_of.shape[0])
+            unpack_experts(jax.tree.map(operator.itemgetter(at), stacked)) for at in range(stacked.slot_of.shape[0])
         ]
         matrices = (jnp.stack([matrix.astype(dtype) for matrix in of_layers]) for of_layers in zip(*layers))
         new[name] = {**tree, "mlp": {**mlp, **dict(zip(MATRICES, matrices))}}

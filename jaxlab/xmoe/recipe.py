@@ -1,6 +1,7 @@
 """A fine-grained mixture of experts trained on real text, and what its routing means for memory and network."""
 
 import dataclasses
+import operator
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,9 @@ class _Layers:
         apply = jax.jit(lambda params, tokens, *rest: model.apply({"params": params}, tokens, *rest).aux)
         aux = apply(params, batch.tokens, batch.positions, batch.segment_ids)
         runs = [(params[name]["mlp"], seen) for name, seen in aux.items() if "input" in seen]
-        self.params = [jax.tree.map(lambda leaf: leaf[i], mlp) for mlp, seen in runs for i in range(len(seen["input"]))]  # noqa: B023
+        self.params = [
+            jax.tree.map(operator.itemgetter(i), mlp) for mlp, seen in runs for i in range(len(seen["input"]))
+        ]
         self.inputs = np.concatenate(
             [seen["input"].reshape(-1, self.tokens, self.layer.hidden_size) for _, seen in runs]
         )
