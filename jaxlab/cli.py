@@ -121,14 +121,14 @@ def train(
     overrides: _Overrides = None,
 ) -> None:
     """Train a language model; the same command again resumes where it was killed."""
-    from jaxlab.core import distributed
+    from jaxlab.core import distributed, find_config
 
     distributed.initialize()
     from jaxlab.training import TrainConfig
     from jaxlab.training import train as run
 
     with _usage("CONFIG"):
-        path = recipes.find_config(config)
+        path = find_config(config)
         function = recipes.recipe_of(recipes.system_of(path)).run
         if not issubclass(recipes.config_class(function), TrainConfig):
             raise ValueError(f"{config} is {recipes.system_of(path)}'s; run it by jaxlab {recipes.system_of(path)} run")
@@ -193,10 +193,11 @@ def plan(
     """Compile a training step for GPUs that need not be there; says what each would hold and send."""
     import json
 
+    from jaxlab.core import find_config
     from jaxlab.core import plan as planning
 
     with _usage("CONFIG"):
-        path = recipes.find_config(config)
+        path = find_config(config)
         system = recipes.system_of(path)
         recipe = recipes.recipe_of(system)
         if not hasattr(recipe, "plan"):

@@ -32,27 +32,11 @@ SYSTEMS: dict[str, System] = {
     "xmoe": System(
         "jaxlab.xmoe", "Mixtures of experts without padding or redundant network traffic.", "configs/xmoe/laptop.yaml"
     ),
+    "puzzlemoe": System(
+        "jaxlab.puzzlemoe", "Two experts in the space of one, without training.", "configs/puzzlemoe/laptop.yaml"
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
-
-
-def roots() -> tuple[Path, ...]:
-    """Where configs may lie: the working folder, the checkout, the installed package."""
-    package = Path(__file__).resolve().parent
-    return (Path.cwd(), package.parent, package)
-
-
-def find_config(name: str | Path) -> Path:
-    """The file a config's name means: a path, or one relative to the project (`configs/foundation/laptop.yaml`).
-
-    Raises:
-      FileNotFoundError: nothing is there; the message lists the configs that come with the library.
-    """
-    for root in roots():
-        if (root / name).is_file():
-            return root / name
-    known = sorted({f"configs/{file.relative_to(root / 'configs')}" for root in roots() for file in _yamls(root)})
-    raise FileNotFoundError(f"config {str(name)!r} does not exist; the library's own: {', '.join(known)}")
 
 
 def system_of(path: Path) -> str:
@@ -87,10 +71,6 @@ def config_class(function: Callable[..., Any]) -> type:
 
 def load(function: Callable[..., Any], path: str | Path | None, overrides: Sequence[str] = ()) -> Any:
     """The config of a recipe's function, from its YAML file and dotted overrides."""
-    from jaxlab.core import load_config
+    from jaxlab.core import find_config, load_config
 
     return load_config(config_class(function), None if path is None else find_config(path), tuple(overrides))
-
-
-def _yamls(root: Path) -> list[Path]:
-    return sorted((root / "configs").glob("*/*.yaml"))

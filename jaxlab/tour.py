@@ -28,6 +28,7 @@ RECIPES: dict[str, str] = {
     "grouped_matmul": "jaxlab.foundation.kernel:configs/foundation/kernel.yaml",
     "plan": "jaxlab.foundation.layouts:configs/foundation/plan_8b.yaml",
     "xmoe": "jaxlab.xmoe.recipe:configs/xmoe/laptop.yaml",
+    "puzzlemoe": "jaxlab.puzzlemoe.recipe:configs/puzzlemoe/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 
@@ -139,8 +140,10 @@ def _earlier(folder: Path, name: str) -> Section | None:
 
 def _key(name: str) -> str:
     """What decides a section's outcome: its config file, the library's code, JAX's version."""
+    from jaxlab.core import find_config
+
     module, _, config = RECIPES[name].partition(":")
-    parts = [module.encode(), recipes.find_config(config).read_bytes(), _code(), _versions().encode()]
+    parts = [module.encode(), find_config(config).read_bytes(), _code(), _versions().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -243,10 +243,10 @@ def test_plan(run, tiny, monkeypatch):
 
 
 def test_the_library_configs_load():
-    from jaxlab.core import load_config
+    from jaxlab.core import find_config, load_config
     from jaxlab.training import TrainConfig
 
     for name in ("laptop", "plan_8b"):
-        config = load_config(TrainConfig, recipes.find_config(f"configs/foundation/{name}.yaml"))
+        config = load_config(TrainConfig, find_config(f"configs/foundation/{name}.yaml"))
         assert config.steps > 0
-    assert Path(recipes.find_config("configs/foundation/laptop.yaml")).is_file()
+    assert Path(find_config("configs/foundation/laptop.yaml")).is_file()

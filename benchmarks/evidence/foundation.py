@@ -25,12 +25,12 @@ PLANS: tuple[tuple[str, str, dict[str, int], tuple[str, ...]], ...] = (
 
 def items() -> Iterator[Item]:
     """One row a layout of the 8B training step."""
-    from jaxlab import core, recipes
+    from jaxlab import core
     from jaxlab.training import TrainConfig
 
     for gpu, topology, mesh, overrides in PLANS:
         layout = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-        config = core.load_config(TrainConfig, recipes.find_config(CONFIG), overrides)
+        config = core.load_config(TrainConfig, core.find_config(CONFIG), overrides)
         yield Item(
             name=", ".join((gpu, topology, layout, *overrides)),
             table="An 8.0 B-parameter AdamW step, GiB on one device (XLA's buffer assignment; nothing ran)",

@@ -125,12 +125,12 @@ def _settings(system: str, size: str, devices: int, remat: str) -> dict[str, Any
     """All that decides an outcome: the configs' content and how the survey lays them out."""
     import dataclasses
 
-    from jaxlab import recipes
+    from jaxlab import core
     from jaxlab.xmoe import trainable
 
     sizes = trainable.SIZES if size == "all" else (size,)
     return {
-        "configs": {name: recipes.find_config(f"configs/xmoe/{name}.yaml").read_text() for name in sizes},
+        "configs": {name: core.find_config(f"configs/xmoe/{name}.yaml").read_text() for name in sizes},
         "system": dataclasses.asdict(trainable.SYSTEMS[system]),
         "devices": devices,
         "remat": remat,

@@ -68,10 +68,10 @@ def pages() -> None:
 
 
 def _config(name: str, changes: Sequence[str]) -> Any:
-    from jaxlab import core, recipes
+    from jaxlab import core
     from jaxlab.xmoe.recipe import XMoEConfig
 
-    return core.load_config(XMoEConfig, recipes.find_config(f"configs/xmoe/{name}.yaml"), changes)
+    return core.load_config(XMoEConfig, core.find_config(f"configs/xmoe/{name}.yaml"), changes)
 
 
 def _folder(config: Any) -> Path:

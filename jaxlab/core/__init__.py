@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxlab.core.checkpoint import Checkpointer
     from jaxlab.core.compilation import count_compilations
     from jaxlab.core.config import load_config, save_config, to_dict
+    from jaxlab.core.config_files import find_config
     from jaxlab.core.data import data_path
     from jaxlab.core.keys import named_key
     from jaxlab.core.mesh import DEFAULT_RULES, MESH_AXES, make_mesh, shardings
@@ -38,6 +39,7 @@ __all__ = [
     "count_compilations",
     "data_path",
     "distributed",
+    "find_config",
     "image_metrics",
     "jsonl",
     "load_config",
@@ -57,6 +59,7 @@ __getattr__, __dir__ = lazy.attach(
         "checkpoint": ("Checkpointer",),
         "compilation": ("count_compilations",),
         "config": ("load_config", "save_config", "to_dict"),
+        "config_files": ("find_config",),
         "data": ("data_path",),
         "keys": ("named_key",),
         "mesh": ("DEFAULT_RULES", "MESH_AXES", "make_mesh", "shardings"),

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from jaxlab.training.adamw import OptimizerConfig, decay_mask, learning_rate_schedule, optimizer
     from jaxlab.training.loop import fit
     from jaxlab.training.loss import Loss, LossOutput, cross_entropy, lm_loss, perplexity
-    from jaxlab.training.run import TrainConfig, plan, train
+    from jaxlab.training.run import TrainConfig, plan, train, trained
     from jaxlab.training.step import TrainState, make_train_step
-    from jaxlab.training.text import TextBatches, TokenBatch, text_batches
+    from jaxlab.training.text import TextBatches, TokenBatch, documents, split_documents, text_batches
 
 __all__ = [
     "Loss",
@@ -38,6 +38,7 @@ __all__ = [
     "TrainState",
     "cross_entropy",
     "decay_mask",
+    "documents",
     "fit",
     "learning_rate_schedule",
     "lm_loss",
@@ -45,8 +46,10 @@ __all__ = [
     "optimizer",
     "perplexity",
     "plan",
+    "split_documents",
     "text_batches",
     "train",
+    "trained",
 ]
 
 __getattr__, __dir__ = lazy.attach(
@@ -55,8 +58,8 @@ __getattr__, __dir__ = lazy.attach(
         "adamw": ("OptimizerConfig", "decay_mask", "learning_rate_schedule", "optimizer"),
         "loop": ("fit",),
         "loss": ("Loss", "LossOutput", "cross_entropy", "lm_loss", "perplexity"),
-        "run": ("TrainConfig", "plan", "train"),
+        "run": ("TrainConfig", "plan", "train", "trained"),
         "step": ("TrainState", "make_train_step"),
-        "text": ("TextBatches", "TokenBatch", "text_batches"),
+        "text": ("TextBatches", "TokenBatch", "documents", "split_documents", "text_batches"),
     },
 )

@@ -1,6 +1,7 @@
 """A whole training run from one config, and the plan of its step for machines that are not here."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -139,6 +140,8 @@ def _batches(config: TrainConfig, tokenizer: Any, split: str, mesh: jax.sharding
     return batches
 
 
+# What may change between one part of a run and the next, and decides no number.
+_FREE = ("checkpoint_every", "eval_every", "eval_batches", "mesh", "shard_optimizer")
 _ROUTING = ("drop_policy", "capacity_factor", "eval_capacity_factor", "min_capacity", "jitter_eps")
 
 
@@ -157,7 +160,7 @@ def _check_folder(config: TrainConfig, folder: Path) -> None:
     `steps` may grow; how often something is saved or measured, and where and how the layers run, may change.
     """
     path = folder / "train.json"
-    free = ("steps", "checkpoint_every", "eval_every", "eval_batches", "mesh", "shard_optimizer")
+    free = ("steps", *_FREE)
     mine = _identity(config)
     if path.exists():
         usual = _identity(TrainConfig(config.model, length=1))
@@ -246,6 +249,24 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
     if core.distributed.is_main():
         report.save(folder)
     return report
+
+
+def trained(config: TrainConfig, folder: str | os.PathLike) -> Path:
+    """The Hugging Face folder of the model that a run gives; what is not there yet is trained first.
+
+    Args:
+        config: The run.
+        folder: Holds such runs, each in a folder named after a hash of the settings that decide its numbers.
+
+    Returns:
+        `<folder>/<hash>/model`.
+    """
+    decides = {name: value for name, value in _identity(config).items() if name not in _FREE}
+    name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    run = Path(folder) / name
+    if not (run / "report.json").exists():  # the last thing that a run writes
+        train(config, run)
+    return run / "model"
 
 
 def _report(config: TrainConfig, folder: Path, state: TrainState) -> core.Report:

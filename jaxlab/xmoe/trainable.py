@@ -173,10 +173,10 @@ def training_config(
 
     One sequence a data-parallel rank and step; `mesh` and `moe` are the system's.
     """
-    from jaxlab import core, recipes
+    from jaxlab import core
     from jaxlab.training import TrainConfig
 
-    config = core.load_config(TrainConfig, recipes.find_config(f"configs/xmoe/{known_size(size)}.yaml"))
+    config = core.load_config(TrainConfig, core.find_config(f"configs/xmoe/{known_size(size)}.yaml"))
     how = SYSTEMS[known_system(system)]
     assert config.model.moe is not None
     mesh, axes = layout(system, config.model.moe.num_experts, devices, tensor)

@@ -61,7 +61,8 @@ def merged_like(layer, got, groups, weights):
 
 
 def test_names():
-    assert set(METHODS) == {"average", "drop", "hc_smoe", "naee", "wanda", "wanda_2_4", "m_smoe", "puzzle"}
+    contract = {"average", "drop", "hc_smoe", "naee", "wanda", "wanda_2_4", "m_smoe", "puzzle"}
+    assert set(METHODS) == {*contract, "puzzle_unpacked"}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -97,6 +98,12 @@ def test_puzzle(layer, x, batch_stats):
     packed = compress_experts(layer.gate, layer.up, layer.down, batch_stats, PAIRS, PuzzleConfig())
     for name, w in zip(MATRICES, unpack_experts(packed)):
         np.testing.assert_array_equal(getattr(got, name), w.astype(jnp.float32))
+    # Packing changes magnitudes below 2^-15 and nothing else.
+    plain = METHODS["puzzle_unpacked"](layer, x, batch_stats, N // 2, pairs=PAIRS)
+    for name in MATRICES:
+        a, b = (np.asarray(getattr(made, name)) for made in (plain, got))
+        np.testing.assert_array_equal(a[abs(a) >= 2**-15], b[abs(a) >= 2**-15])
+        assert (a != np.asarray(getattr(layer, name))).any()
     average = METHODS["average"](layer, x, batch_stats, N // 2, pairs=PAIRS)
     assert error(layer, got, x) < error(layer, average, x)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import random
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from jaxlab import core
 from jaxlab.core import plan as planning
 from jaxlab.models import load_pretrained
-from jaxlab.training import LossOutput, TrainState, fit, make_train_step, plan, train
+from jaxlab.training import LossOutput, TrainState, fit, make_train_step, plan, train, trained
 from tests.training import toys
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -174,3 +175,12 @@ def test_a_vocabulary_too_small_is_told(tmp_path):
     with pytest.raises(ValueError, match="vocab_size"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_is_trained_once(tmp_path):
+    config = toys.config(toys.corpus(tmp_path / "text"), steps=2)
+    model = trained(config, tmp_path / "work")
+    made = (model / "model.safetensors").stat().st_mtime_ns
+    assert load_pretrained(model)[0].config.hidden_size == 16
+    assert trained(dataclasses.replace(config, eval_batches=1, checkpoint_every=1), tmp_path / "work") == model
+    assert (model / "model.safetensors").stat().st_mtime_ns == made

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxlab import core, recipes, tour
+from jaxlab import core, tour
 from jaxlab.xmoe.recipe import XMoEConfig, run
 from tests.training import toys
 
@@ -23,7 +23,7 @@ CHANGES = (
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("xmoe")
     where = [f"data={toys.corpus(folder / 'text')}", f"folder={folder / 'run'}"]
-    return core.load_config(XMoEConfig, recipes.find_config("configs/xmoe/laptop.yaml"), [*CHANGES, *where])
+    return core.load_config(XMoEConfig, core.find_config("configs/xmoe/laptop.yaml"), [*CHANGES, *where])
 
 
 def _table(report, start):
@@ -70,7 +70,7 @@ def test_bad_configs(config, change, message):
 def test_every_config_is_a_recipe(config):
     """The trained shapes have the same active width; the tour runs the laptop's."""
     loaded = {
-        name: core.load_config(XMoEConfig, recipes.find_config(f"configs/xmoe/{name}.yaml"))
+        name: core.load_config(XMoEConfig, core.find_config(f"configs/xmoe/{name}.yaml"))
         for name in ("laptop", "paper", "fine_grained", "top2", "dense_twin")
     }
     fine, top2, dense = (loaded[name].model for name in ("fine_grained", "top2", "dense_twin"))
