@@ -141,7 +141,10 @@ def compress_layer(
     for name, w in weights.items():
         norms = _slot_norms(n_mid if name == "down" else n_in, slots, np.flatnonzero(by_magnitude))
         words, counts = _merge_slots(
-            jnp.asarray(w), norms, slots, jnp.float32(cfg.tau), num_pairs=len(pairs), underflow=cfg.underflow
+            *(_bits(w), norms, slots, jnp.float32(cfg.tau)),
+            dtype=jnp.dtype(w.dtype),
+            num_pairs=len(pairs),
+            underflow=cfg.underflow,
         )
         counts: dict[str, np.ndarray] = jax.tree.map(lambda count: np.asarray(count, np.float64), counts)
         _check_counts(where + name, counts, slots)
@@ -156,15 +159,24 @@ def compress_layer(
     return packed, _report(where, counted, len(pairs), np.flatnonzero(weak), pairs[by_magnitude], cfg)
 
 
-@functools.partial(jax.jit, static_argnames=("num_pairs", "underflow"))
-def _merge_slots(w, norms, slots, tau, *, num_pairs, underflow):
+def _bits(w: ArrayLike) -> Array:
+    """The weights as unsigned integers; in a host's memory the same memory, of which XLA would make a copy."""
+    kind = f"uint{8 * w.dtype.itemsize}"
+    if isinstance(w, np.ndarray):
+        return jax.device_put(w.view(kind))
+    if len(w.devices()) == 1 and (device := next(iter(w.devices()))).platform == "cpu":
+        return jax.device_put(np.asarray(w).view(kind), device)
+    return jax.lax.bitcast_convert_type(w, jnp.dtype(kind))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "num_pairs", "underflow"))
+def _merge_slots(bits, norms, slots, tau, *, dtype, num_pairs, underflow):
     """Words `[S,K,M]` and counts by slot and row; slots from `num_pairs` on hold one expert, given twice.
 
-    A block of rows at a time: what the counts need beside the words is never larger than a block.
+    A block of rows at a time: what the counts need beside the words is never larger than a block. Slices are taken of
+    the weights' bits, for XLA on a CPU slices bfloat16 as float32, and converts all experts for it.
     """
-    _, rows, columns = w.shape
-    # Slices are taken of the bits: XLA on a CPU slices bfloat16 as float32, and converts all experts for it.
-    dtype, bits = w.dtype, jax.lax.bitcast_convert_type(w, jnp.dtype(f"uint{8 * w.dtype.itemsize}"))
+    _, rows, columns = bits.shape
     block = max(size for size in range(1, rows + 1) if rows % size == 0 and (size == 1 or size * columns <= _BLOCK))
 
     def one_slot(slot):

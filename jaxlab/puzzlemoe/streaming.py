@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer
 
+from jaxlab import core
 from jaxlab.models import load
 from jaxlab.models.decoder import Decoder, DecoderConfig
 from jaxlab.models.decoder.config import LayerRun
@@ -28,7 +30,6 @@ from jaxlab.puzzlemoe.config import PuzzleConfig
 from jaxlab.puzzlemoe.statistics import ExpertStats
 from jaxlab.puzzlemoe.storage import (
     Shards,
-    expert_leaf,
     expert_name,
     new_folder,
     replaceable,
@@ -41,7 +42,7 @@ from pallas_kernels.flash_attention import flash_attention
 ArrayLike = Array | np.ndarray
 
 # Calibration tokens that go through a layer at a time.
-_TOKENS = 1 << 14
+_TOKENS = 1 << 11
 # Files of a model folder that are not weights.
 _COPIED = ("generation_config.json", "*token*", "*.jinja", "vocab.json", "merges.txt")
 
@@ -56,10 +57,10 @@ def compress_checkpoint(
 ) -> CompressionReport:
     """Compresses a Hugging Face folder into a packed one (arXiv:2511.04805), layer after layer.
 
-    Memory holds the experts of one layer and what becomes of them, and with `calib` the activations between two
-    layers, float32. Calibration runs the layers as they are, in float32, each just before it is compressed: the same
-    statistics, and the same words, as `collect_expert_stats` and `compress_moe` give. Everything but the experts is
-    copied as it is stored, tokenizer files too.
+    Memory holds the experts of one layer and what becomes of them; with `calib`, before that, the layer in float32, and
+    the activations between two layers. Calibration runs the layers as they are, each just before it is compressed: the
+    same statistics, and the same words, as `collect_expert_stats` and `compress_moe` give. Everything but the experts
+    is copied as it is stored, tokenizer files too.
 
     Args:
         model_dir: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-MoE: `config.json` and safetensors.
@@ -94,44 +95,39 @@ def compress_checkpoint(
     with load.open_tensors(source) as tensors:
         table = decoder_table(config, tensors)
         load.check(tensors, table, lambda name: ignorable(config, name))
-        with new_folder(out_dir) as partial:
-            shards, others = Shards(partial), _Copies(tensors, table, decoder_table(config))
-            hidden = None if ids is None else _embedded(tensors, table, ids)
-            for layer, index, run in _layers(config):
-                block = _one_layer(table, index, layer - run.start)
-                if hidden is None:
-                    arrays = {
-                        leaf.path: load.fill(tensors, leaf, tensors.dtype(leaf.parts[0].name))
-                        for leaf in block
-                        if run.sparse and (expert_leaf(config, leaf) or leaf.path == "mlp/router/kernel")
-                    }
-                else:
-                    arrays = {leaf.path: load.fill(tensors, leaf, "float32") for leaf in block}
-                    tree = load.nest({path: array[0] for path, array in arrays.items()})
-                    hidden, seen = _through_layer(config, run, tree, hidden)
+        hidden = None if ids is None else _embedded(tensors, table, ids)
+    with new_folder(out_dir) as partial:
+        shards, others = Shards(partial), _Copies(table, decoder_table(config))
+        for layer, index, run in core.progress(list(_layers(config)), "layers"):
+            block = _one_layer(table, index, layer - run.start)
+            # Opened anew, so that what was read of the files before does not stay mapped.
+            with load.open_tensors(source) as tensors:
+                if hidden is not None:
+                    hidden, seen = _through_layer(config, run, _float32(tensors, block), hidden)
                     if seen is not None and stats is not None:
                         stats.append(seen)
+                    gc.collect()  # JAX lets go of host memory that it took over at a collection, not before
                 if run.sparse:
-                    matrices = (arrays[f"mlp/{name}"][0] for name in MATRICES)
-                    words, summary = planner.compress(len(summaries), arrays["mlp/router/kernel"][0], *matrices)
+                    words, summary = planner.compress(len(summaries), *_stored(tensors, block))
                     summaries.append(summary)
                     for field in dataclasses.fields(words):
                         if (value := getattr(words, field.name)) is not None:
                             shards.add(expert_name(layer, field.name), np.asarray(value))
                     del words
-                del arrays
-                others.copy(block, shards)
-                shards.flush()
-            others.copy([leaf for leaf in table if not leaf.path.startswith("blocks_")], shards)
-            shards.close()
-            report = make_report(summaries, other_bytes=others.bytes)
-            dtype = jnp.result_type(*others.dtypes).name
-            config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-            write_config(partial, hf, config, planner.policy, "safetensors")
-            write_report(partial, report)
-            for pattern in _COPIED:
-                for file in source.glob(pattern):
-                    shutil.copy(file, partial / file.name)
+                    gc.collect()
+                others.copy(tensors, block, shards)
+            shards.flush()
+        with load.open_tensors(source) as tensors:
+            others.copy(tensors, [leaf for leaf in table if not leaf.path.startswith("blocks_")], shards)
+        shards.close()
+        report = make_report(summaries, other_bytes=others.bytes)
+        dtype = jnp.result_type(*others.dtypes).name
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+        write_config(partial, hf, config, planner.policy, "safetensors")
+        write_report(partial, report)
+        for pattern in _COPIED:
+            for file in source.glob(pattern):
+                shutil.copy(file, partial / file.name)
     for warning in report.warnings:
         warnings.warn(warning, stacklevel=2)
     return report
@@ -145,43 +141,54 @@ def _layers(config: DecoderConfig) -> Iterator[tuple[int, str, LayerRun]]:
 
 
 def _one_layer(table: list[Leaf], block: str, at: int) -> list[Leaf]:
-    """The leaves of one layer of a run, as those of a run of one; paths are inside the block."""
+    """The leaves of one layer of a run, without the axis of layers; paths are inside the block."""
     leaves = []
     for leaf in table:
         if not leaf.path.startswith(f"{block}/"):
             continue
-        parts = tuple(
-            dataclasses.replace(part, index=(0, *part.index[1:])) for part in leaf.parts if part.index[0] == at
-        )
+        parts = tuple(dataclasses.replace(part, index=part.index[1:]) for part in leaf.parts if part.index[0] == at)
         path = leaf.path.removeprefix(f"{block}/")
-        leaves.append(dataclasses.replace(leaf, path=path, shape=(1, *leaf.shape[1:]), parts=parts))
+        leaves.append(dataclasses.replace(leaf, path=path, shape=leaf.shape[1:], parts=parts))
     return leaves
+
+
+def _float32(tensors: Tensors, block: list[Leaf]) -> dict[str, Any]:
+    """The parameters of one layer for calibration."""
+    return load.nest({leaf.path: load.fill(tensors, leaf, "float32") for leaf in block})
+
+
+def _stored(tensors: Tensors, block: list[Leaf]) -> tuple[Array, Array, Array, Array]:
+    """Router, gate, up and down of one layer as they are stored."""
+    leaves = {leaf.path: leaf for leaf in block}
+    router, gate, up, down = (
+        load.fill(tensors, leaf, tensors.dtype(leaf.parts[0].name))
+        for leaf in (leaves[f"mlp/{name}"] for name in ("router/kernel", *MATRICES))
+    )
+    return router, gate, up, down
 
 
 class _Copies:
     """Copies what is no expert into the new folder as it is stored, under the names that the new folder's table has.
 
     Args:
-        tensors: the source.
         table: of the source.
         names: the table of a folder whose experts are not fused (fused ones may come with another router's name).
     """
 
-    def __init__(self, tensors: Tensors, table: list[Leaf], names: list[Leaf]):
-        self._tensors = tensors
+    def __init__(self, table: list[Leaf], names: list[Leaf]):
         self._names = {
             part.name: wanted.name for leaf, ours in zip(table, names) for part, wanted in zip(leaf.parts, ours.parts)
         }
         self.bytes = 0
         self.dtypes: set[np.dtype] = set()
 
-    def copy(self, leaves: list[Leaf], shards: Shards) -> None:
+    def copy(self, tensors: Tensors, leaves: list[Leaf], shards: Shards) -> None:
         """Copies the tensors of these leaves; experts are passed over."""
         for leaf in leaves:
             for part in leaf.parts:
-                if len(part.index) == 2:
+                if part.index:
                     continue
-                value = self._tensors[part.name]
+                value = tensors[part.name]
                 self.bytes += value.nbytes
                 self.dtypes.add(value.dtype)
                 shards.add(self._names[part.name], value)

@@ -164,15 +164,16 @@ def test_sharded_weights(half):
 
 
 def test_pairs_stream():
-    """Beside weights and words there is at most one copy of a matrix (its bits), never float32 of all experts."""
+    """Beside weights and words there are a few blocks, no copy of a matrix."""
     shape = (8, 1024, 2048)
     lowered = _merge_slots.lower(
-        jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct(shape, jnp.uint16),
         jax.ShapeDtypeStruct((4, 2, shape[1]), jnp.float32),
         jax.ShapeDtypeStruct((4, 2), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.float32),
+        dtype=jnp.dtype(jnp.bfloat16),
         num_pairs=4,
         underflow="clamp",
     )
     one_matrix = math.prod(shape) * 2
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 2 * one_matrix
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < one_matrix / 2
