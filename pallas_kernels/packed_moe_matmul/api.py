@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, UInt16
+from jaxtyping import Array, Float, Integer, UInt8, UInt16
 
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
 from pallas_kernels.grouped_matmul.gating import ACTIVATIONS, activate
 from pallas_kernels.packed_moe_matmul import reference, triton, xla
 from pallas_kernels.packed_moe_matmul.bits import AnyArray, Slots, check_members, check_words, is_concrete
+from pallas_kernels.packed_moe_matmul.codes import BITS, check_codes, check_groups
 
 _OP = "packed_moe_matmul"
 _TABLE = {
@@ -23,15 +24,17 @@ _TABLE = {
 
 def packed_moe_matmul(
     x: Float[AnyArray, "m k"],
-    words: UInt16[AnyArray, "s k n"],
+    words: UInt16[AnyArray, "s k n"] | UInt8[AnyArray, "s r n"],
     group_sizes: Integer[AnyArray, " e"],
     slot_of: Integer[AnyArray, " e"],
     pos_of: Integer[AnyArray, " e"],
     *,
-    words_up: UInt16[AnyArray, "s k n"] | None = None,
-    dense: Float[AnyArray, "r k n"] | None = None,
-    dense_up: Float[AnyArray, "r k n"] | None = None,
+    words_up: UInt16[AnyArray, "s k n"] | UInt8[AnyArray, "s r n"] | None = None,
+    dense: Float[AnyArray, "d k n"] | None = None,
+    dense_up: Float[AnyArray, "d k n"] | None = None,
     act: str | None = None,
+    scales: Float[AnyArray, "s g n"] | None = None,
+    scales_up: Float[AnyArray, "s g n"] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "m n"]:
     """Multiplies every row with the matrix of its expert, which is decoded from packed words on the way.
@@ -40,6 +43,10 @@ def packed_moe_matmul(
     member `pos_of[e]` of slot `slot_of[e]`. Slots past those of `words` are whole matrices of `dense`: experts that
     were not paired. No expert's rows are padded, an expert may have none (its words are then not read), and rows past
     `sum(group_sizes)` belong to nobody: they give zero rows and take zero gradient, whatever they hold (NaN too).
+
+    With `scales` the pairs are quantised: `words` are the bytes of `pack_codes`, with as many rows as the matrices have (8
+    bits a position) or three quarters of them (6 bits), and a group of inputs of a column shares a scale. Levels are
+    multiplied exactly; the scale is applied to sums in float32 (to each weight in some places, so in gradients).
 
     With `words_up` every row gives `act(row @ W[e]) * (row @ U[e])`, the first half of a gated expert, and the two
     products are not stored.
@@ -53,7 +60,8 @@ def packed_moe_matmul(
 
     Args:
       x: rows, any floating dtype.
-      words: packed matrices of the slots, [slots, inputs, outputs] (`unpack` reads them).
+      words: packed matrices of the slots, [slots, inputs, outputs] (`unpack` reads them); codes where scales are given
+        (`unpack_codes` reads those).
       group_sizes: rows of each expert, any integer dtype; not negative, together at most m.
       slot_of: slot of each expert.
       pos_of: which member of its slot each expert is, 0 or 1; of no consequence in dense slots.
@@ -61,6 +69,8 @@ def packed_moe_matmul(
       dense: matrices of the slots past those of `words`, any floating dtype.
       dense_up: the same for `words_up`.
       act: of the gate: "silu" (also called "swiglu") or "gelu" (the exact one); goes with `words_up`, and only with it.
+      scales: steps between levels, [slots, groups, outputs], floating; groups are of equally many inputs, a multiple of 4.
+      scales_up: the same for `words_up`.
       implementation: "triton" (CUDA, ROCm), "xla" (anywhere), "interpret" (the Triton kernels, interpreted, for tests),
         "reference", or several of them to be tried in order; None takes the best for the platform for which the program
         is lowered.
@@ -73,30 +83,35 @@ def packed_moe_matmul(
       ValueError: ranks, shapes or the number of experts disagree; `words_up` without `act` or the reverse, an unknown
         `act`; concrete sizes are negative or exceed m, concrete slots do not exist or positions are neither 0 nor 1;
         unknown implementation.
-      TypeError: words are not uint16, rows or dense matrices not floating, sizes, slots or positions not integers.
-      NotImplementedError: a gradient of `dense` is wanted; the implementation asked for cannot serve the dtype or the
+      TypeError: words are not uint16 (codes not uint8), rows, dense matrices or scales not floating, sizes, slots or
+        positions not integers.
+      NotImplementedError: a gradient of `dense` or `scales` is wanted; the implementation asked for cannot serve the dtype or the
         platform (the latter when the program is lowered).
     """
     names = check_names(_OP, _TABLE, implementation)
     x, words, group_sizes, slot_of, pos_of = map(jnp.asarray, (x, words, group_sizes, slot_of, pos_of))
-    words_up, dense, dense_up = (None if w is None else jnp.asarray(w) for w in (words_up, dense, dense_up))
-    _check(x, words, group_sizes, slot_of, pos_of)
-    _check_gate(words, words_up, dense, dense_up, act)
+    words_up, dense, dense_up, scales, scales_up = (
+        None if w is None else jnp.asarray(w) for w in (words_up, dense, dense_up, scales, scales_up)
+    )
+    _check(x, words, group_sizes, slot_of, pos_of, quantised=scales is not None)
+    bits = _check_scales(x.shape[1], words, words_up, scales, scales_up)
+    _check_gate(x.shape[1], words, words_up, dense, dense_up, act, quantised=scales is not None)
     _check_values(x, group_sizes, slot_of, pos_of, words.shape[0] + (0 if dense is None else dense.shape[0]))
     act = None if act is None else ACTIVATIONS[act]
-    return _jitted(
-        x, words, words_up, dense, dense_up, group_sizes, slot_of, pos_of, act=act, implementation=names
-    )  # fmt: skip
+    of_gate, of_up = (words, dense, scales), (words_up, dense_up, scales_up)
+    return _jitted(x, of_gate, of_up, group_sizes, slot_of, pos_of, act=act, bits=bits, implementation=names)
 
 
-def _check(x: Array, words: Array, group_sizes: Array, slot_of: Array, pos_of: Array) -> None:
+def _check(
+    x: Array, words: Array, group_sizes: Array, slot_of: Array, pos_of: Array, *, quantised: bool
+) -> None:
     per_expert = (("group_sizes", group_sizes), ("slot_of", slot_of), ("pos_of", pos_of))
     for name, array, rank in (("x", x, 2), ("words", words, 3), *((name, array, 1) for name, array in per_expert)):
         if array.ndim != rank:
             raise ValueError(f"{name} must have rank {rank}, got shape {array.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, got {x.dtype}")
-    check_words("words", words)
+    (check_codes if quantised else check_words)("words", words)
     for name, array in per_expert:
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{name} must be integers, got {array.dtype}")
@@ -105,14 +120,49 @@ def _check(x: Array, words: Array, group_sizes: Array, slot_of: Array, pos_of: A
                 f"{name} must have one entry for each of the {group_sizes.shape[0]} experts of group_sizes, got "
                 f"{array.shape}"
             )
-    if x.shape[1] != words.shape[1]:
+    if x.shape[1] != words.shape[1] and not quantised:
         raise ValueError(f"x [m, k] and words [slots, k, n] must agree in k, got {x.shape} and {words.shape}")
     if words.shape[0] == 0:
         raise ValueError(f"words must hold at least one slot, got {words.shape}")
 
 
+def _check_scales(
+    k: int, words: Array, words_up: Array | None, scales: Array | None, scales_up: Array | None
+) -> int:
+    """Bits of a position."""
+    if (scales_up is None) != (scales is None or words_up is None):
+        raise ValueError("scales_up must be given with scales and words_up, and only then")
+    if scales is None:
+        return 16
+    slots, rows, n = words.shape
+    bits = next((bits for bits in BITS if rows * 8 == k * bits), None)
+    if bits is None:
+        raise ValueError(
+            f"words [slots, r, n] must have r = k (8 bits) or 3 k / 4 (6 bits) rows for x [m, k] where scales are given, "
+            f"got {words.shape} and k = {k}"
+        )
+    for name, array in (("scales", scales), ("scales_up", scales_up)):
+        if array is None:
+            continue
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {array.dtype}")
+        if array.ndim != 3 or (array.shape[0], array.shape[2]) != (slots, n) or array.shape != scales.shape:
+            raise ValueError(f"{name} must be [{slots}, groups, {n}] as words, the same for both, got {array.shape}")
+        if array.shape[1] == 0 or k % array.shape[1]:
+            raise ValueError(f"{name} must have as many groups as divide k = {k}, got {array.shape}")
+    check_groups(bits, k // scales.shape[1])
+    return bits
+
+
 def _check_gate(
-    words: Array, words_up: Array | None, dense: Array | None, dense_up: Array | None, act: str | None
+    k: int,
+    words: Array,
+    words_up: Array | None,
+    dense: Array | None,
+    dense_up: Array | None,
+    act: str | None,
+    *,
+    quantised: bool,
 ) -> None:
     if (words_up is None) != (act is None):
         state = "without" if words_up is None else "with"
@@ -120,7 +170,7 @@ def _check_gate(
     if act is not None and act not in ACTIVATIONS:
         raise ValueError(f"unknown act {act!r}; expected one of: {', '.join(ACTIVATIONS)}")
     if words_up is not None:
-        check_words("words_up", words_up)
+        (check_codes if quantised else check_words)("words_up", words_up)
         if words_up.shape != words.shape:
             raise ValueError(f"words_up must have the shape of words, {words.shape}, got {words_up.shape}")
         if (dense is None) != (dense_up is None):
@@ -132,8 +182,8 @@ def _check_gate(
             continue
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating, got {array.dtype}")
-        if array.ndim != 3 or array.shape[1:] != words.shape[1:]:
-            raise ValueError(f"{name} must be [slots, {words.shape[1]}, {words.shape[2]}] as words, got {array.shape}")
+        if array.ndim != 3 or array.shape[1:] != (k, words.shape[2]):
+            raise ValueError(f"{name} must be [slots, {k}, {words.shape[2]}] as words, got {array.shape}")
     if dense is not None and dense_up is not None and dense.shape != dense_up.shape:
         raise ValueError(f"dense_up must have the shape of dense, {dense.shape}, got {dense_up.shape}")
 
@@ -154,12 +204,15 @@ def _check_values(x: Array, group_sizes: Array, slot_of: Array, pos_of: Array, s
 
 
 # Jitted, so that an eager call is one program too, and the platform is that of the arguments.
-@functools.partial(jax.jit, static_argnames=("act", "implementation"))
-def _jitted(x, words, words_up, dense, dense_up, group_sizes, slot_of, pos_of, *, act, implementation):
-    if 0 in (*x.shape, *words.shape, *group_sizes.shape):
-        return jnp.zeros((x.shape[0], words.shape[2]), x.dtype)
-    dense, dense_up = (None if w is None or w.shape[0] == 0 else w for w in (dense, dense_up))
-    given = (Slots(words, dense), *([] if words_up is None else [Slots(words_up, dense_up)]))
+@functools.partial(jax.jit, static_argnames=("act", "bits", "implementation"))
+def _jitted(x, of_gate, of_up, group_sizes, slot_of, pos_of, *, act, bits, implementation):
+    if 0 in (*x.shape, *of_gate[0].shape, *group_sizes.shape):
+        return jnp.zeros((x.shape[0], of_gate[0].shape[2]), x.dtype)
+    given = tuple(
+        Slots(words, None if dense is None or dense.shape[0] == 0 else dense, scales, bits)
+        for words, dense, scales in (of_gate, of_up)
+        if words is not None
+    )
     leaves, tree = jax.tree.flatten((x, given, *(array.astype(jnp.int32) for array in (group_sizes, slot_of, pos_of))))
     x, weights, group_sizes, slot_of, pos_of = jax.tree.unflatten(tree, vary_alike(*leaves))
     return _product(act, implementation, x, weights, group_sizes, slot_of, pos_of)
@@ -172,11 +225,12 @@ def _product(act, implementation, x, weights, group_sizes, slot_of, pos_of):
 
 def _product_forward(act, implementation, *given):
     x, weights, *addresses = jax.tree.map(lambda leaf: leaf.value, given)
-    if any(slots.dense is not None and slots.dense.perturbed for slots in given[1]):
-        raise NotImplementedError(
-            f"{_OP} is differentiable in x only, but a gradient of dense is wanted; wrap the weights in "
-            "jax.lax.stop_gradient, or unpack them to train"
-        )
+    for name in ("dense", "scales"):
+        if any(getattr(getattr(slots, name), "perturbed", False) for slots in given[1]):
+            raise NotImplementedError(
+                f"{_OP} is differentiable in x only, but a gradient of {name} is wanted; wrap the weights in "
+                "jax.lax.stop_gradient, or unpack them to train"
+            )
     return _product(act, implementation, x, weights, *addresses), (x, weights, *addresses)
 
 

@@ -7,8 +7,9 @@
 The lower twelve bits are those of a bfloat16 magnitude, shared by both members; a cleared mask bit makes the weight 0.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,16 +82,35 @@ def _decoded_bits(words, pos, kind):
     return (sign | magnitude) & (kind(0) - mask)
 
 
-class Slots(NamedTuple):
-    """The matrices of all slots: slot s is `words[s]`, or, past those, `dense[s - len(words)]` as it stands."""
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("words", "dense", "scales"), meta_fields=("bits",)
+)
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The matrices of all slots: slot s is `words[s]`, or, past those, `dense[s - len(words)]` as it stands.
 
-    words: UInt16[Array, "s k n"]
-    dense: Float[Array, "r k n"] | None = None
+    Attributes:
+      words: `[s, k, n]` uint16, or codes, `[s, k bits / 8, n]` uint8.
+      dense: `[r, k, n]` of slots that are not packed.
+      scales: `[s, groups, n]` of codes.
+      bits: of a position.
+    """
+
+    words: Any
+    dense: Any = None
+    scales: Any = None
+    bits: int = 16
 
     @property
     def number(self) -> int:
         """How many slots there are."""
         return self.words.shape[0] + (0 if self.dense is None else self.dense.shape[0])
+
+    @property
+    def inputs(self) -> int:
+        """Rows of a matrix."""
+        rows = self.words.shape[1]
+        return rows if self.scales is None else rows * 8 // self.bits
 
 
 def resolve(

@@ -10,6 +10,7 @@ from pallas_kernels.dispatch import zeros_alike
 from pallas_kernels.grouped_matmul.gating import activate
 from pallas_kernels.grouped_matmul.reference import owners
 from pallas_kernels.packed_moe_matmul.bits import Slots, decode, resolve
+from pallas_kernels.packed_moe_matmul.codes import decode_codes
 
 
 def rows_times_experts(
@@ -28,7 +29,7 @@ def rows_times_experts(
     precise = jnp.promote_types(rows.dtype, jnp.float32)
     owner = owners(group_sizes, rows.shape[0])[:, None]
     rows = jnp.where(owner < experts, rows, 0).astype(precise)
-    n = weights[0].words.shape[1 if transpose else 2]
+    n = weights[0].inputs if transpose else weights[0].words.shape[2]
 
     def add_expert(out, expert):
         index, slot, pos, poison = expert
@@ -46,7 +47,11 @@ def rows_times_experts(
 
 def _matrix(slots: Slots, slot: Int[Array, ""], pos: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "k n"]:
     packed = slots.words.shape[0]
-    decoded = decode(slots.words[jnp.minimum(slot, packed - 1)], pos, dtype)
+    address = jnp.minimum(slot, packed - 1)
+    if slots.scales is None:
+        decoded = decode(slots.words[address], pos, dtype)
+    else:
+        decoded = decode_codes(slots.words[address], slots.scales[address], pos, dtype, slots.bits)
     if slots.dense is None:
         return decoded
     return jnp.where(slot < packed, decoded, slots.dense[jnp.maximum(slot - packed, 0)].astype(dtype))

@@ -5,6 +5,9 @@ grouped product's, its work units are (expert, tile of the expert's rows), found
 `_row_kernel` serves the few rows of a decode step: one program takes one row, multiplies and sums without the tensor
 cores, and, where the other member of the row's slot has a row too, takes that along, so that the words are read once
 for both. All accumulate in float32. Slots that are not packed have a loop of their own, of no steps for the others.
+
+Of quantised pairs a step takes inputs of one group only (of 6 bits: as many of each of its four runs): tensor cores
+multiply levels, which every dtype holds exactly, and the sum is scaled. The transposed product scales each weight.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from pallas_kernels.dispatch import output_like
 from pallas_kernels.grouped_matmul.gating import activate
 from pallas_kernels.grouped_matmul.triton import Tiles
 from pallas_kernels.packed_moe_matmul.bits import Slots, decode, resolve
+from pallas_kernels.packed_moe_matmul.codes import QUARTERS, decode_run, planes_of
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -42,28 +46,35 @@ def rows_times_experts(
 ) -> Float[Array, "m n"]:
     """Row i of expert e gives `rows[i] @ matrix(e)` (or its transpose), or the gated product of two `weights`."""
     given = [rows, *(slots.dense for slots in weights if slots.dense is not None)]
-    for array in given:
+    scales = [slots.scales for slots in weights if slots.scales is not None]
+    for array in (*given, *scales):
         if array.dtype not in _DTYPES:
             raise NotImplementedError(f"the Triton kernels take bfloat16, float16 and float32, got {array.dtype}")
     if interpret and jax.typeof(rows).manual_axis_type.varying:
         raise NotImplementedError("JAX interprets kernels under shard_map only with check_vma=False")
     (m, depth), experts = rows.shape, group_sizes.shape[0]
-    n = weights[0].words.shape[1 if transpose else 2]
-    settings = {"act": act, "packed": weights[0].words.shape[0], "gated": len(weights) == 2}
+    n = weights[0].inputs if transpose else weights[0].words.shape[2]
+    groups = None if not scales else _Groups(weights[0])
+    settings = {"act": act, "gated": len(weights) == 2, "groups": groups}
     if tiles is None and not transpose and m <= max(_FEW_ROWS, experts):
-        tiles = _fit(_ROW_TILES[len(weights)], rows=16, columns=n, depth=depth)
+        found = (_ROW_TILES_OF_CODES if scales else _ROW_TILES)[len(weights)]
+        tiles = _fit(found, rows=16, columns=n, depth=depth, groups=groups)
         units = m
         kernel = functools.partial(_row_kernel, tiles=tiles, **settings)
         name = "packed_gated_gemv" if act else "packed_gemv"
     else:
         common = jnp.result_type(jnp.bfloat16, *given)
         found = _TILES[common.itemsize, len(weights)]
-        tiles = tiles or _fit(found, rows=-(-m // experts), columns=n, depth=depth)
+        tiles = tiles or _fit(
+            found, rows=-(-m // experts), columns=n, depth=depth, groups=None if transpose else groups
+        )
         # One unit for each tile of rows, one more for each expert that ends inside a tile, and the rows of none.
         units = pl.cdiv(m, tiles.rows) + experts
         kernel = functools.partial(_tile_kernel, transpose=transpose, tiles=tiles, common=common, **settings)
         name = "packed_gated_gmm" if act else "packed_gmm_transposed" if transpose else "packed_gmm"
-    stacks = [stack for slots in weights for stack in slots if stack is not None]
+    if groups is not None:
+        name = name.replace("packed", f"packed{groups.bits}")
+    stacks = [slots.words if groups is None else groups.planes(slots.words) for slots in weights]
     return pl.pallas_call(
         kernel,
         out_shape=output_like((m, n), dtype, rows),
@@ -71,21 +82,64 @@ def rows_times_experts(
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=name,
-    )(rows, *stacks, group_sizes, slot_of, pos_of)
+    )(rows, *stacks, *given[1:], *scales, group_sizes, slot_of, pos_of)
+
+
+class _Groups:
+    """How the groups of quantised matrices lie in their codes."""
+
+    def __init__(self, slots: Slots):
+        self.bits, self.splits = slots.bits, QUARTERS[slots.bits]
+        self.number = slots.scales.shape[1]
+        self.run = slots.inputs // self.number // self.splits
+        self.depth = self.run & -self.run
+        if self.depth < _LEAST:
+            raise NotImplementedError(
+                f"the Triton kernels take groups of a multiple of {_LEAST * self.splits} inputs where pairs have "
+                f"{self.bits} bits a position, got {self.run * self.splits}"
+            )
+
+    def planes(self, codes: Array) -> Array:
+        """Codes `[slots, groups, planes, run, n]`."""
+        return codes.reshape(codes.shape[0], self.number, -1, self.run, codes.shape[2])
+
+    def steps(self, depth: int) -> int:
+        """How many steps of `depth` inputs of every run there are."""
+        return self.number * (self.run // depth)
+
+    def step(self, i: Array, depth: int) -> tuple[Array, Array]:
+        """Group of a step, and the places of its inputs in the group's runs."""
+        # (Pallas lowers no remainder by a constant for Triton.)
+        parts = self.run // depth
+        group = i // parts
+        return group, (i - group * parts) * depth + jnp.arange(depth, dtype=jnp.int32)
+
+    def input(self, group: Array, run: int, place: Array) -> Array:
+        """Index of inputs; the inverse is `place`."""
+        return (group * self.splits + run) * self.run + place
+
+    def place(self, index: Array) -> tuple[Array, Array, Array]:
+        """Group, run and place in the run of inputs."""
+        whole = index // self.run
+        group = whole // self.splits
+        return group, whole - group * self.splits, index - whole * self.run
 
 
 class _Refs:
     """The references of a kernel by what they are; and where the experts' rows lie, on registers."""
 
-    def __init__(self, refs: Sequence[Any], gated: bool):
+    def __init__(self, refs: Sequence[Any], gated: bool, groups: _Groups | None):
         self.rows, *stacks, sizes, slots, members, self.out = refs
-        dense = len(stacks) == (4 if gated else 2)
-        self.words = stacks[:: 2 if dense else 1]
-        self.dense = stacks[1::2] if dense else []
+        matrices = 2 if gated else 1
+        # Words or codes, then dense stacks if there are any, then the scales of codes.
+        self.words, stacks = stacks[:matrices], stacks[matrices:]
+        self.scales = stacks[-matrices:] if groups else []
+        self.dense = stacks[: len(stacks) - len(self.scales)]
+        self.packed = self.words[0].shape[0]
         self.experts = sizes.shape[0]
         self.index = jnp.arange(_power_of_two(self.experts), dtype=jnp.int32)
         self.sizes, slots, members = map(self._per_expert, (sizes, slots, members))
-        count = self.words[0].shape[0] + (self.dense[0].shape[0] if dense else 0)
+        count = self.packed + (self.dense[0].shape[0] if self.dense else 0)
         self.slots, self.members, self.poison = resolve(slots, members, count)
 
     def _per_expert(self, ref: Any) -> Array:
@@ -99,9 +153,10 @@ class _Refs:
 
 
 def _tile_kernel(
-    *refs: Any, act: str | None, packed: int, gated: bool, transpose: bool, tiles: Tiles, common: Any
+    *refs: Any, act: str | None, gated: bool, groups: _Groups | None, transpose: bool, tiles: Tiles, common: Any
 ) -> None:
-    at = _Refs(refs, gated)
+    at = _Refs(refs, gated, groups)
+    packed = at.packed
     (m, k), (_, n) = at.rows.shape, at.out.shape
     column_tiles = pl.cdiv(n, tiles.columns)
     # Neighbouring programs share their rows, then the matrix of their expert.
@@ -135,14 +190,46 @@ def _tile_kernel(
 
         return run
 
+    packed_slot = jnp.minimum(slot, packed - 1)
+
+    def step_of_codes(i, totals):
+        group, place = groups.step(i, tiles.depth)
+        lefts = [
+            _load(at.rows, (safe_row[:, None], groups.input(group, run, place)[None, :])).astype(common)
+            for run in range(groups.splits)
+        ]
+        made = []
+        for total, codes, scales in zip(totals, at.words, at.scales):
+            levels = _levels(groups, codes, (packed_slot, group), place, column, n)
+            scale = _load(scales, (packed_slot, group, column), (column, n)).astype(jnp.float32)
+            product = jnp.zeros_like(total)
+            for run, left in enumerate(lefts):
+                product += jnp.dot(left, levels(run, member, common), preferred_element_type=jnp.float32)
+            made.append(total + product * scale[None, :])
+        return tuple(made)
+
+    def transposed_step_of_codes(i, totals):
+        depth = i * tiles.depth + jnp.arange(tiles.depth, dtype=jnp.int32)
+        left = _load(at.rows, (safe_row[:, None], depth[None, :]), (depth[None, :], k)).astype(common)
+        # Past the last input the last one is loaded again, and its product never stored.
+        group, run, place = groups.place(jnp.minimum(column, n - 1)[None, :])
+        where, inside = (place, depth[:, None]), (depth[:, None], k)
+        wanted = planes_of(run, groups.bits)
+        planes = [_load(at.words[0], (packed_slot, group, plane, *where), inside) for plane in wanted]
+        scale = _load(at.scales[0], (packed_slot, group, depth[:, None]), inside).astype(jnp.float32)
+        weights = (decode_run(planes, run, member, jnp.float32) * scale).astype(common)
+        return (totals[0] + jnp.dot(left, weights, preferred_element_type=jnp.float32),)
+
     steps = owned.astype(jnp.int32) * pl.cdiv(k, tiles.depth)
+    if groups is None:
+        packed_steps, packed_step = steps, step(at.words, packed_slot, lambda words: decode(words, member, common))
+    elif transpose:
+        packed_steps, packed_step = steps, transposed_step_of_codes
+    else:
+        packed_steps, packed_step = owned.astype(jnp.int32) * groups.steps(tiles.depth), step_of_codes
     zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
     is_packed = (slot < packed).astype(jnp.int32)
-    totals = (zeros,) * len(at.words)
-    packed_slot = jnp.minimum(slot, packed - 1)
-    totals = lax.fori_loop(
-        0, steps * is_packed, step(at.words, packed_slot, lambda words: decode(words, member, common)), totals
-    )
+    totals = lax.fori_loop(0, packed_steps * is_packed, packed_step, (zeros,) * len(at.words))
     if at.dense:
         dense_slot = jnp.maximum(slot - packed, 0)
         totals = lax.fori_loop(
@@ -153,8 +240,9 @@ def _tile_kernel(
     plt.store(at.out.at[row[:, None], column[None, :]], made.astype(at.out.dtype), mask=inside)
 
 
-def _row_kernel(*refs: Any, act: str | None, packed: int, gated: bool, tiles: Tiles) -> None:
-    at = _Refs(refs, gated)
+def _row_kernel(*refs: Any, act: str | None, gated: bool, groups: _Groups | None, tiles: Tiles) -> None:
+    at = _Refs(refs, gated, groups)
+    packed = at.packed
     (m, k), (_, n) = at.rows.shape, at.out.shape
     column_tiles = pl.cdiv(n, tiles.columns)
     row, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
@@ -187,35 +275,71 @@ def _row_kernel(*refs: Any, act: str | None, packed: int, gated: bool, tiles: Ti
 
         return run
 
-    steps = pl.cdiv(k, tiles.depth)
+    steps = packed_steps = pl.cdiv(k, tiles.depth)
     zeros = (jnp.zeros((tiles.depth, tiles.columns), jnp.float32),) * len(at.words)
     packed_slot = jnp.minimum(slot, packed - 1)
 
-    def member_of(pos):
-        return lambda words: decode(words, jnp.asarray(pos, jnp.int32), jnp.float32)
+    def step_of_words(sources, members):
+        def reader(pos):
+            return lambda words: decode(words, pos, jnp.float32)
 
-    loops = [(alone & (slot < packed), step(at.words, packed_slot, [row], [member_of(member)]))]
+        return step(at.words, packed_slot, sources, [reader(pos) for pos in members])
+
+    def step_of_codes(sources, members):
+        def run(i, totals):
+            group, place = groups.step(i, tiles.depth)
+            levels = [_levels(groups, codes, (packed_slot, group), place, column, n) for codes in at.words]
+            scales = [
+                _load(scales, (packed_slot, group, column), (column, n)).astype(jnp.float32) for scales in at.scales
+            ]
+            made = []
+            for source, pos in zip(sources, members):
+                lefts = [
+                    _load(at.rows, (source, groups.input(group, part, place))).astype(jnp.float32)[:, None]
+                    for part in range(groups.splits)
+                ]
+                for of_matrix, scale in zip(levels, scales):
+                    products = [left * of_matrix(part, pos, jnp.float32) for part, left in enumerate(lefts)]
+                    made.append(functools.reduce(jnp.add, products) * scale[None, :])
+            return tuple(map(jnp.add, totals, made))
+
+        return run
+
+    packed_step = step_of_words
+    if groups is not None:
+        packed_step, packed_steps = step_of_codes, groups.steps(tiles.depth)
+    loops = [(packed_steps * (alone & (slot < packed)).astype(jnp.int32), packed_step([row], [member]))]
     if at.dense:
         dense_slot = jnp.maximum(slot - packed, 0)
         as_it_is = [lambda right: right.astype(jnp.float32)]
-        loops.append((alone & (slot >= packed), step(at.dense, dense_slot, [row], as_it_is)))
+        own_steps = steps * (alone & (slot >= packed)).astype(jnp.int32)
+        loops.append((own_steps, step(at.dense, dense_slot, [row], as_it_is)))
     totals = zeros
-    for condition, run in loops:
-        totals = lax.fori_loop(0, steps * condition.astype(jnp.int32), run, totals)
+    for count, run in loops:
+        totals = lax.fori_loop(0, count, run, totals)
     one = _gate([jnp.sum(total, axis=0) for total in totals], act) + _pick(own, at.poison)
     plt.store(at.out.at[row, column], one.astype(at.out.dtype), mask=~shared & (column < n))
 
+    both_members = [jnp.asarray(pos, jnp.int32) for pos in (0, 1)]
     pair = lax.fori_loop(
-        0,
-        steps * both.astype(jnp.int32),
-        step(at.words, packed_slot, [row, other_row], [member_of(0), member_of(1)]),
-        zeros * 2,
+        0, packed_steps * both.astype(jnp.int32), packed_step([row, other_row], both_members), zeros * 2
     )
     sums = [jnp.sum(total, axis=0) for total in pair]
     half = len(zeros)
     for made, target, poison in ((sums[:half], row, own), (sums[half:], other_row, other)):
         made = _gate(made, act) + _pick(poison, at.poison)
         plt.store(at.out.at[target, column], made.astype(at.out.dtype), mask=both & (column < n))
+
+
+def _levels(groups: _Groups, codes: Any, where: tuple[Any, Any], place: Array, column: Array, n: int) -> Any:
+    """Loads the planes of a group once; (run, member, dtype) -> coefficients times levels, [depth, columns]."""
+    at = [(*where, plane, place[:, None], column[None, :]) for plane in range(codes.shape[2])]
+    planes = [_load(codes, one, (column[None, :], n)) for one in at]
+
+    def of_run(run, pos, dtype):
+        return decode_run([planes[plane] for plane in planes_of(run, groups.bits)], run, pos, dtype)
+
+    return of_run
 
 
 def _gate(totals: Sequence[Array], act: str | None) -> Array:
@@ -266,10 +390,18 @@ _TILES = {
     (4, 2): Tiles(64, 64, 32, warps=4, stages=3),
 }
 _ROW_TILES = {1: Tiles(16, 64, 64, warps=4), 2: Tiles(16, 64, 32, warps=4)}
+_ROW_TILES_OF_CODES = {1: Tiles(16, 128, 32, warps=4), 2: Tiles(16, 128, 16, warps=4)}
+# Inputs that a tensor core takes at a time.
+_LEAST = 16
 
 
-def _fit(tiles: Tiles, *, rows: int, columns: int, depth: int) -> Tiles:
-    """Shrinks tiles to the problem: few rows and narrow matrices should not be padded to a full tile."""
+def _fit(tiles: Tiles, *, rows: int, columns: int, depth: int, groups: _Groups | None) -> Tiles:
+    """Shrinks tiles to the problem: few rows and narrow matrices should not be padded to a full tile.
+
+    Where pairs are quantised the depth is that of a run.
+    """
+    if groups is not None:
+        depth = groups.depth
     return dataclasses.replace(
         tiles,
         rows=min(tiles.rows, max(16, _power_of_two(rows))),

@@ -4,6 +4,9 @@ A loop over the experts that have rows, and inside it one over blocks of the exp
 float32 as they are needed: a block stays in the cache, and is all that is ever decoded at one time. Rows are taken in
 tiles of a few fixed heights, the lowest that holds the expert's rows, so that the product of one row does not cost as
 much as that of a hundred. (Measured against decoding whole matrices, blocks of columns, multiplying and summing.)
+
+Of quantised pairs a block is a part of a group, whose levels are multiplied and the product scaled, or several groups
+with scaled weights, run after run: 6 bits hold four runs of a group's inputs, and interleaving them would cost more.
 """
 
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from pallas_kernels.dispatch import zeros_alike
 from pallas_kernels.grouped_matmul.gating import activate
 from pallas_kernels.packed_moe_matmul.bits import Slots, decode, resolve
+from pallas_kernels.packed_moe_matmul.codes import QUARTERS, decode_run, planes_of
 
 # Heights of the tiles of rows; an expert with more rows than the last takes several of that.
 _HEIGHTS = (2, 8, 32, 128)
@@ -34,8 +38,7 @@ def rows_times_experts(
     dtype: DTypeLike,
 ) -> Float[Array, "m n"]:
     """Row i of expert e gives `rows[i] @ matrix(e)` (or its transpose), or the gated product of two `weights`."""
-    m, (_, k, n) = rows.shape[0], weights[0].words.shape
-    n = k if transpose else n
+    m, n = rows.shape[0], weights[0].inputs if transpose else weights[0].words.shape[2]
     precise = jnp.promote_types(rows.dtype, jnp.float32)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     slot_of, pos_of, poison = resolve(slot_of, pos_of, weights[0].number)
@@ -45,8 +48,7 @@ def rows_times_experts(
     def of_height(height):
         def one_tile(at, expert, first, end, out):
             tile = _floats(lax.dynamic_slice_in_dim(row_bits, at, height), rows.dtype)
-            multiply = _transposed_product if transpose else _product
-            made = [multiply(tile, slots, slot_of[expert], pos_of[expert], precise) for slots in weights]
+            made = [_multiply(tile, slots, slot_of[expert], pos_of[expert], precise, transpose) for slots in weights]
             made = made[0] if act is None else activate(made[0], act) * made[1]
             made = _bits((made + poison[expert].astype(precise)).astype(dtype))
             row = at + jnp.arange(height, dtype=jnp.int32)[:, None]
@@ -85,6 +87,23 @@ def rows_times_experts(
 
     start = (zeros_alike((), jnp.int32, rows), _bits(zeros_alike((m, n), dtype, rows)))
     return _floats(lax.while_loop(lambda state: state[0] < active, visit, start)[1], jnp.dtype(dtype))
+
+
+def _multiply(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike, transpose: bool) -> Array:
+    """Tile times the matrix, or its transpose, of one member of a slot."""
+    plain = _transposed_product if transpose else _product
+    if slots.scales is None:
+        return plain(tile, slots, slot, pos, precise)
+    quantised = _transposed_product_of_codes if transpose else _product_of_codes
+    if slots.dense is None:
+        return quantised(tile, slots, slot, pos, precise)
+    packed = slots.words.shape[0]
+    # A slot that is not packed is read as one of an array that is.
+    return lax.cond(
+        slot < packed,
+        lambda: quantised(tile, slots, jnp.minimum(slot, packed - 1), pos, precise),
+        lambda: plain(tile, Slots(slots.dense), jnp.maximum(slot - packed, 0), pos, precise),
+    )
 
 
 def _product(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
@@ -126,12 +145,96 @@ def _block(slots: Slots, slot: Array, pos: Array, at: Array, depth: int, precise
         return lax.dynamic_slice(stack, (index, at.astype(jnp.int32), jnp.int32(0)), (1, depth, n))[0]
 
     if slots.dense is None:
-        return decode(cut(slots.words, slot), pos, precise)
+        part = cut(slots.words, slot)
+        return decode(part, pos, precise) if part.dtype == jnp.uint16 else part.astype(precise)
     return lax.cond(
         slot < packed,
         lambda: decode(cut(slots.words, slot), pos, precise),
         lambda: cut(slots.dense, slot - packed).astype(precise),
     )
+
+
+def _product_of_codes(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
+    """Tile [r, k] @ matrix [k, n] of codes."""
+    blocks = _CodeBlocks(slots, slot, pos, tile.shape[0], precise)
+    inputs = tile.reshape(tile.shape[0], *blocks.shape)
+    several, _, _, depth = blocks.size
+
+    def step(i, total):
+        at, scale = blocks.start(i), blocks.scale(i)
+        made = 0
+        for run in range(blocks.shape[1]):
+            part = lax.dynamic_slice(inputs, (0, at[0], run, at[1]), (tile.shape[0], several, 1, depth))
+            levels = blocks.levels(i, run)
+            weights = levels[0] if several == 1 else (levels * scale).reshape(several * depth, -1)
+            made = made + part.reshape(tile.shape[0], -1).astype(precise) @ weights
+        return total + (made * scale[0] if several == 1 else made)
+
+    start = zeros_alike((tile.shape[0], slots.words.shape[2]), precise, tile)
+    return lax.fori_loop(0, blocks.count, step, start)
+
+
+def _transposed_product_of_codes(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
+    """Tile [r, n] @ matrix.T [n, k] of codes."""
+    blocks = _CodeBlocks(slots, slot, pos, tile.shape[0], precise)
+    several, _, _, depth = blocks.size
+    tile = tile.astype(precise)
+
+    def step(i, out):
+        at = blocks.start(i)
+        for run in range(blocks.shape[1]):
+            weights = (blocks.levels(i, run) * blocks.scale(i)).reshape(several * depth, -1)
+            part = lax.dot_general(tile, weights, (((1,), (1,)), ((), ()))).reshape(-1, several, 1, depth)
+            out = lax.dynamic_update_slice(out, part, (0, at[0], run, at[1]))
+        return out
+
+    out = lax.fori_loop(0, blocks.count, step, zeros_alike((tile.shape[0], *blocks.shape), precise, tile))
+    return out.reshape(tile.shape[0], -1)
+
+
+class _CodeBlocks:
+    """One member's matrix of codes in blocks of equal size: several groups, or a part of one."""
+
+    def __init__(self, slots: Slots, slot: Array, pos: Array, rows: int, precise: DTypeLike):
+        self._slot, self._pos, self._precise, self._bits = slot, pos, precise, slots.bits
+        number, groups, n = slots.scales.shape
+        splits = QUARTERS[slots.bits]
+        run = slots.inputs // groups // splits
+        self.shape = (groups, splits, run)
+        # The runs of a block are decoded at the same time.
+        limit = min(next(size for most, size in _BLOCKS if rows <= most), _BLOCKS[-1][1] // splits) // n
+        several = _divisor(groups, limit // run)
+        self.size = (several, 1, 1, run if several > 1 else _divisor(run, limit))
+        self._codes = slots.words.reshape(number, groups, -1, run, n)
+        self._scales = slots.scales
+        self._parts = run // self.size[3]
+        self.count = groups // several * self._parts
+
+    def start(self, i: Array) -> tuple[Array, Array]:
+        """The first group, and the first input of its runs."""
+        i = i.astype(jnp.int32)  # also where the loop counts in 64 bits
+        return i // self._parts * self.size[0], i % self._parts * self.size[3]
+
+    def levels(self, i: Array, run: int) -> Array:
+        """Coefficient times level of a run of inputs in block i, [groups, depth, n]."""
+        (group, first), (several, _, _, depth) = self.start(i), self.size
+        size = (1, several, 1, depth, self._codes.shape[4])
+        planes = [
+            lax.dynamic_slice(self._codes, (self._slot, group, plane, first, 0), size)[0, :, 0]
+            for plane in planes_of(run, self._bits)
+        ]
+        return decode_run(planes, run, self._pos, self._precise)
+
+    def scale(self, i: Array) -> Array:
+        """Of the groups of block i, [groups, 1, n]."""
+        size = (1, self.size[0], self._scales.shape[2])
+        scale = lax.dynamic_slice(self._scales, (self._slot, self.start(i)[0], 0), size)[0, :, None]
+        return scale.astype(self._precise)
+
+
+def _divisor(size: int, limit: int) -> int:
+    """The largest divisor of `size` that is not above the limit, or 1."""
+    return max(part for part in range(1, size + 1) if size % part == 0 and part <= max(limit, 1))
 
 
 def _split(k: int, n: int, rows: int) -> tuple[int, int]:
