@@ -23,7 +23,7 @@ from jaxlab.core import lazy
 
 if TYPE_CHECKING:
     from jaxlab.puzzlemoe import baselines
-    from jaxlab.puzzlemoe.bit_packing import exponent_histogram, pack_pair, unpack
+    from jaxlab.puzzlemoe.bit_packing import PackedEntropy, exponent_histogram, pack_pair, packed_entropy, unpack
     from jaxlab.puzzlemoe.calibration import collect_expert_stats
     from jaxlab.puzzlemoe.compression import PackedExperts, compress_experts
     from jaxlab.puzzlemoe.config import PuzzleConfig
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from jaxlab.puzzlemoe.packed_moe import PackedMoE, PackedPolicy
     from jaxlab.puzzlemoe.pairing import random_pairs, search_pairs
     from jaxlab.puzzlemoe.quantization import QuantizedPair, dequantize_pair, quantize_pair
+    from jaxlab.puzzlemoe.quantized_experts import quantize_experts
     from jaxlab.puzzlemoe.statistics import ExpertStats, expert_norms, expert_stats
     from jaxlab.puzzlemoe.storage import load_packed, save_packed
     from jaxlab.puzzlemoe.streaming import compress_checkpoint
-    from jaxlab.puzzlemoe.whole_model import CompressionReport, compress_moe, load_hf_moe, unpack_moe
+    from jaxlab.puzzlemoe.whole_model import CompressionReport, compress_moe, load_hf_moe, quantize_moe, unpack_moe
 
 __all__ = [
     "CompressionReport",
@@ -44,6 +45,7 @@ __all__ = [
     "MemoryEstimate",
     "MergedPair",
     "MoELayer",
+    "PackedEntropy",
     "PackedExperts",
     "PackedMoE",
     "PackedPolicy",
@@ -64,6 +66,9 @@ __all__ = [
     "load_hf_moe",
     "load_packed",
     "pack_pair",
+    "packed_entropy",
+    "quantize_experts",
+    "quantize_moe",
     "quantize_pair",
     "random_pairs",
     "reconstruct",
@@ -77,7 +82,7 @@ __all__ = [
 __getattr__, __dir__ = lazy.attach(
     __name__,
     {
-        "bit_packing": ("exponent_histogram", "pack_pair", "unpack"),
+        "bit_packing": ("PackedEntropy", "exponent_histogram", "pack_pair", "packed_entropy", "unpack"),
         "calibration": ("collect_expert_stats",),
         "compression": ("PackedExperts", "compress_experts"),
         "config": ("PuzzleConfig",),
@@ -87,10 +92,11 @@ __getattr__, __dir__ = lazy.attach(
         "packed_moe": ("PackedMoE", "PackedPolicy"),
         "pairing": ("random_pairs", "search_pairs"),
         "quantization": ("QuantizedPair", "dequantize_pair", "quantize_pair"),
+        "quantized_experts": ("quantize_experts",),
         "statistics": ("ExpertStats", "expert_norms", "expert_stats"),
         "storage": ("load_packed", "save_packed"),
         "streaming": ("compress_checkpoint",),
-        "whole_model": ("CompressionReport", "compress_moe", "load_hf_moe", "unpack_moe"),
+        "whole_model": ("CompressionReport", "compress_moe", "load_hf_moe", "quantize_moe", "unpack_moe"),
     },
     modules=("baselines",),
 )

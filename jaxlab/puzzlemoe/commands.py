@@ -28,13 +28,14 @@ def compress(
     seed: Annotated[int, typer.Option(help="Of the pairs.")] = 0,
     sequences: Annotated[int, typer.Option(help="Calibration sequences taken of a text, at most.")] = 128,
     length: Annotated[int, typer.Option(help="Their length.")] = 2048,
+    bits: Annotated[int, typer.Option(help="Of a position of a pair: 16 is the paper's word, 8 and 6 quantise.")] = 16,
 ) -> None:
     """Store every pair of experts in the space of one."""
     from jaxlab.puzzlemoe import PuzzleConfig, compress_checkpoint
 
     cfg = PuzzleConfig(ratio=ratio, norm=norm, seed=seed)
     tokens = None if calib is None else _tokens(calib, model_dir, sequences, length)
-    typer.echo(_summary(compress_checkpoint(model_dir, out_dir, cfg, calib=tokens).to_dict()))
+    typer.echo(_summary(compress_checkpoint(model_dir, out_dir, cfg, calib=tokens, bits=bits).to_dict()))
 
 
 @app.command()

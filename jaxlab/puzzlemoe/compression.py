@@ -17,6 +17,7 @@ from jaxlab.puzzlemoe.config import PuzzleConfig
 from jaxlab.puzzlemoe.merging import check_weights, dual_mask_merge
 from jaxlab.puzzlemoe.pairing import check_pairs, pair_norms
 from jaxlab.puzzlemoe.statistics import ExpertStats
+from pallas_kernels.packed_moe_matmul import unpack_codes
 
 ArrayLike = Array | np.ndarray
 
@@ -37,14 +38,17 @@ class PackedExperts:
     experts by ascending id: as words of their own, or, where there is a dense stack, as entry `slot - P` of that.
 
     Attributes:
-        gate: `[P or S, d, f]` uint16.
-        up: `[P or S, d, f]` uint16.
-        down: `[P or S, f, d]` uint16.
+        gate: `[P or S, d, f]` uint16; where there are scales, codes `[P or S, d bits / 8, f]` uint8.
+        up: `[P or S, d, f]` uint16, or codes.
+        down: `[P or S, f, d]` uint16, or codes.
         slot_of: `[N]` int32.
         pos_of: `[N]` int32, 0 or 1.
         dense_gate: `[N - 2P, d, f]` bfloat16 of the unmerged experts, None if there are none or they are packed.
         dense_up: `[N - 2P, d, f]` bfloat16.
         dense_down: `[N - 2P, f, d]` bfloat16.
+        scale_gate: `[P or S, groups, f]` bfloat16, steps of the levels of `quantize_experts`; None of words.
+        scale_up: `[P or S, groups, f]` bfloat16.
+        scale_down: `[P or S, groups, d]` bfloat16.
     """
 
     gate: Any
@@ -55,6 +59,14 @@ class PackedExperts:
     dense_gate: Any = None
     dense_up: Any = None
     dense_down: Any = None
+    scale_gate: Any = None
+    scale_up: Any = None
+    scale_down: Any = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a position: 16, 8 or 6."""
+        return 16 if self.scale_gate is None else 8 * self.gate.shape[-2] // self.down.shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,16 +312,22 @@ def unpack_experts(
 ) -> tuple[Float[Array, "n d f"], Float[Array, "n d f"], Float[Array, "n f d"]]:
     """Gate, up and down of all experts of a layer, decoded to bfloat16."""
     gate, up, down = (
-        _decode(getattr(packed, name), getattr(packed, f"dense_{name}"), packed.slot_of, packed.pos_of)
+        _decode(
+            *(getattr(packed, prefix + name) for prefix in ("", "dense_", "scale_")),
+            packed.slot_of,
+            packed.pos_of,
+            packed.bits,
+        )
         for name in MATRICES
     )
     return gate, up, down
 
 
-@jax.jit
-def _decode(words, dense, slot_of, pos_of):
+@functools.partial(jax.jit, static_argnums=5)
+def _decode(words, dense, scales, slot_of, pos_of, bits):
     pairs = words.shape[0]
-    decoded = unpack(words[jnp.minimum(slot_of, pairs - 1)], pos_of[:, None, None])
+    own, pos = jnp.minimum(slot_of, pairs - 1), pos_of[:, None, None]
+    decoded = unpack(words[own], pos) if scales is None else unpack_codes(words[own], scales[own], pos, bits=bits)
     if dense is None:
         return decoded
     return jnp.where((slot_of < pairs)[:, None, None], decoded, dense[jnp.maximum(slot_of - pairs, 0)])

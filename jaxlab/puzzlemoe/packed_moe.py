@@ -25,6 +25,7 @@ from jaxlab.puzzlemoe.bit_packing import pack_pair
 from jaxlab.puzzlemoe.compression import MATRICES, ONLY_FIRST, PackedExperts
 from jaxlab.puzzlemoe.config import UNMERGED, check_name
 from jaxlab.puzzlemoe.merging import dual_mask_merge
+from jaxlab.puzzlemoe.quantized_experts import GROUP_SIZE, quantize_experts
 from jaxlab.xmoe.config import MoEConfig
 from jaxlab.xmoe.pft import build_pft, pft_gather, pft_scatter
 from jaxlab.xmoe.router import Routing, top_k_gating
@@ -63,6 +64,8 @@ class PackedMoE(nn.Module):
         param_dtype: stored dtype of router and shared expert.
         out_init_scale: `Linear.init_scale` of fresh down projections.
         implementation: of the kernels; None is the platform's best.
+        bits: of a position of a freshly initialised layer: 16 (words), 8 or 6 (`quantize_experts`).
+        group_size: inputs that share a scale, of 8 and 6 bits.
     """
 
     num_experts: int
@@ -79,6 +82,8 @@ class PackedMoE(nn.Module):
     param_dtype: str = "float32"
     out_init_scale: float = 1.0
     implementation: Implementation = None
+    bits: int = 16
+    group_size: int = GROUP_SIZE
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"], *, train: bool = False) -> Float[Array, "*batch d"]:
@@ -86,7 +91,7 @@ class PackedMoE(nn.Module):
 
         Raises:
             ValueError: x, router and experts disagree in shape, or concrete slots do not exist.
-            TypeError: words are not uint16.
+            TypeError: words are not uint16, or codes not uint8.
         """
         if self.is_initializing():
             self._create(x.shape[-1])
@@ -133,9 +138,12 @@ class PackedMoE(nn.Module):
                 arrays[name] = words
             experts = jnp.arange(total, dtype=jnp.int32)
             paired = experts < 2 * pairs
-            arrays = {name: _boxed(name, array) for name, array in arrays.items()}
             slot_of = jnp.where(paired, experts // 2, experts - pairs)
-            return PackedExperts(slot_of=slot_of, pos_of=jnp.where(paired, experts % 2, 0), **arrays)
+            packed = PackedExperts(slot_of=slot_of, pos_of=jnp.where(paired, experts % 2, 0), **arrays)
+            if self.bits != 16:
+                packed = quantize_experts(packed, bits=self.bits, group_size=self.group_size)
+            fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+            return PackedExperts(**{name: _boxed(name, array) for name, array in fields.items()})
 
         self.param("experts", fresh)
         if self.shared_expert:
@@ -151,10 +159,13 @@ class PackedMoE(nn.Module):
                 f"x [..., d] and the router [d, num_experts={self.num_experts}] must agree, got {x.shape} and "
                 f"{router.shape}"
             )
-        shape = experts.gate.shape
-        if len(shape) != 3 or experts.up.shape != shape or experts.down.shape != (shape[0], *shape[:0:-1]):
+        shape, d, f = experts.gate.shape, x.shape[-1], experts.gate.shape[-1]
+        # A word has a row of its own, codes share rows of bytes.
+        bits = 8 if experts.bits == 16 else experts.bits
+        gate, down = (shape[0], d * bits // 8, f), (shape[0], f * bits // 8, d)
+        if (shape, experts.up.shape, experts.down.shape) != (gate, gate, down):
             raise ValueError(
-                "experts.gate and up must be [S, d, f] and down [S, f, d], got "
+                "experts.gate and up must be [S, d, f] and down [S, f, d] (of codes bits / 8 as many rows), got "
                 f"{shape}, {experts.up.shape} and {experts.down.shape}"
             )
         for name in ("slot_of", "pos_of"):
@@ -183,11 +194,15 @@ class PackedPolicy:
         num_pairs: of every sparse layer.
         unmerged: how experts without a partner are kept, see `PuzzleConfig`.
         implementation: of the kernels; None is the platform's best.
+        bits: of a position: 16 (words), 8 or 6 (`quantize_moe`).
+        group_size: inputs that share a scale, of 8 and 6 bits.
     """
 
     num_pairs: int
     unmerged: str = "bf16"
     implementation: Implementation = None
+    bits: int = 16
+    group_size: int = GROUP_SIZE
 
     def __call__(self, config: DecoderConfig, layer_is_sparse: bool) -> nn.Module:
         """The MLP of a layer: `GatedMLP`, or `PackedMoE` where it has experts."""
@@ -208,6 +223,8 @@ class PackedPolicy:
             param_dtype=config.param_dtype,
             out_init_scale=(2 * config.num_hidden_layers) ** -0.5,
             implementation=self.implementation,
+            bits=self.bits,
+            group_size=self.group_size,
         )
 
 
@@ -233,7 +250,10 @@ def _pack(w_i: Array, w_j: Array) -> Array:
     return pack_pair(dual_mask_merge(w_i, w_j), checked=False)
 
 
-def _boxed(name: str, array: Array) -> nn.Partitioned:
+def _boxed(name: str, array: Array | None) -> Any:
+    """The array with the logical names of its axes; addresses have none."""
+    if array is None or name.endswith("_of"):
+        return array
     matrix = ("mlp", "embed") if name.endswith("down") else ("embed", "mlp")
     return named(lambda: array, ("expert", *matrix))()
 
@@ -275,7 +295,9 @@ def _over_mesh(form: _Form, mesh: AbstractMesh, router: Any, experts: PackedExpe
         return axes if all(size % math.prod(mesh.shape[axis] for axis in axes) == 0 for size in sizes) else ()
 
     slots = [experts.gate.shape[0], *([] if experts.dense_gate is None else [experts.dense_gate.shape[0]])]
-    over, inner = dividing(_EXPERT_AXES, *slots), dividing((_TENSOR_AXIS,), experts.gate.shape[2])
+    # Groups that share a scale stay whole.
+    widths = [experts.gate.shape[2], *([] if experts.scale_down is None else [experts.scale_down.shape[1]])]
+    over, inner = dividing(_EXPERT_AXES, *slots), dividing((_TENSOR_AXIS,), *widths)
     rows = dividing(_ROW_AXES, x.shape[0]) if x.ndim > 1 else ()
     columns = dividing((_SEQUENCE_AXIS,), x.shape[1]) if x.ndim > 2 else ()
     if not (over or inner or rows or columns):
@@ -352,7 +374,16 @@ def _products(form: _Form, config: MoEConfig, routing: Routing, experts: PackedE
         dense=experts.dense_gate,
         dense_up=experts.dense_up,
         act=form.act,
+        scales=experts.scale_gate,
+        scales_up=experts.scale_up,
         implementation=kernels,
     )
-    outputs = packed_moe_matmul(inner, experts.down, *address, dense=experts.dense_down, implementation=kernels)
+    outputs = packed_moe_matmul(
+        inner,
+        experts.down,
+        *address,
+        dense=experts.dense_down,
+        scales=experts.scale_down,
+        implementation=kernels,
+    )
     return pft_scatter(outputs, pft, routing.weights, implementation=kernels).reshape(x.shape)

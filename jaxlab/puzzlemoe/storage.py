@@ -2,8 +2,9 @@
 
 `config.json` is the Hugging Face one of the model (where its family can say it) with `jaxlab_format: "puzzlemoe"` and,
 under "puzzlemoe", what a reader needs. Weights are safetensors, under Hugging Face's names but for the experts of layer
-n, which are `model.layers.n.puzzlemoe.{gate,up,down,slot_of,pos_of,dense_gate,dense_up,dense_down}` in our layout; or
-an Orbax checkpoint of the parameter tree. What is loaded is as large as what was stored.
+n, which are `model.layers.n.puzzlemoe.{gate,up,down,slot_of,pos_of,dense_gate,dense_up,dense_down}` (quantised ones
+also `scale_{gate,up,down}`) in our layout; or an Orbax checkpoint of the parameter tree. What is loaded is as large as
+what was stored.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from jaxlab.models.load import Leaf, Part
 from jaxlab.puzzlemoe.compression import MATRICES, PackedExperts
 from jaxlab.puzzlemoe.config import check_name
 from jaxlab.puzzlemoe.packed_moe import PackedPolicy
+from jaxlab.puzzlemoe.quantized_experts import BITS
 from jaxlab.puzzlemoe.whole_model import CompressionReport, is_packed, policy_of
 
 FORMAT = "puzzlemoe"
@@ -100,7 +102,7 @@ def load_packed(
 ) -> tuple[Any, Any]:
     """Opens a folder of `save_packed` or `compress_checkpoint`; `load_pretrained` comes here, too.
 
-    Words stay words and unmerged experts bfloat16, whatever `dtype` is.
+    Words stay words (codes codes) and unmerged experts bfloat16, whatever `dtype` is.
 
     Args:
         path: the folder.
@@ -167,6 +169,8 @@ def write_config(
         "weights": weights,
         "num_pairs": policy.num_pairs,
         "unmerged": policy.unmerged,
+        "bits": policy.bits,
+        "group_size": policy.group_size,
         "decoder": to_dict(config),
     }
     content = {**hf, "torch_dtype": config.param_dtype, "jaxlab_format": FORMAT, "puzzlemoe": packed}
@@ -203,7 +207,10 @@ def _read_config(folder: Path) -> tuple[DecoderConfig, str, PackedPolicy, str]:
         fields = _tuples(packed["decoder"])
         fields |= {"rope": RopeConfig(**_tuples(fields["rope"])), "moe": MoESpec(**_tuples(fields["moe"]))}
         config = DecoderConfig(**fields)
-        policy = PackedPolicy(packed["num_pairs"], packed["unmerged"])
+        if packed["bits"] not in BITS:
+            raise ValueError(f"bits {packed['bits']}, expected one of {BITS}")
+        forms = {name: packed[name] for name in ("bits", "group_size")}
+        policy = PackedPolicy(packed["num_pairs"], packed["unmerged"], **forms)
         return config, config.param_dtype, policy, packed["weights"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} does not describe a packed model: {error!r}") from error

@@ -54,6 +54,7 @@ def compress_checkpoint(
     *,
     calib: Integer[ArrayLike, "b t"] | None = None,
     pairs: Integer[ArrayLike, "*l p 2"] | None = None,
+    bits: int = 16,
 ) -> CompressionReport:
     """Compresses a Hugging Face folder into a packed one (arXiv:2511.04805), layer after layer.
 
@@ -68,6 +69,8 @@ def compress_checkpoint(
         cfg: how.
         calib: token ids; None = saliency by magnitude.
         pairs: `[P,2]` or `[L,P,2]`, in place of those of `cfg`.
+        bits: of a position: 16 packs words, 8 and 6 quantise them (`quantize_experts`, groups of 128 inputs); the
+            report's errors and bytes are then those of the quantised experts.
 
     Returns:
         The report, which is also kept in the folder; its warnings are issued.
@@ -75,7 +78,7 @@ def compress_checkpoint(
     Raises:
         FileNotFoundError: no such folder.
         FileExistsError: `out_dir` holds something else.
-        ValueError: no experts, packed already, and as `compress_moe`.
+        ValueError: no experts, packed already, an unknown number of bits, and as `compress_moe`.
         KeyError: missing or unexpected weights, by their names on disk.
     """
     source = find_model(model_dir)
@@ -90,7 +93,7 @@ def compress_checkpoint(
         raise FileExistsError(f"{out_dir} exists and is no packed model")
     ids = None if calib is None else check_tokens(calib, config)
     stats: list[ExpertStats] | None = None if ids is None else []
-    planner = Planner(config, stats, cfg, pairs)
+    planner = Planner(config, stats, cfg, pairs, bits)
     summaries: list[Summary] = []
     with load.open_tensors(source) as tensors:
         table = decoder_table(config, tensors)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import operator
 import os
 import warnings
@@ -22,6 +23,14 @@ from jaxlab.puzzlemoe.config import PuzzleConfig, num_pairs
 from jaxlab.puzzlemoe.layer import MoELayer
 from jaxlab.puzzlemoe.packed_moe import PackedPolicy
 from jaxlab.puzzlemoe.pairing import random_pairs, search_pairs
+from jaxlab.puzzlemoe.quantized_experts import (
+    BITS,
+    GROUP_SIZE,
+    common_group,
+    group_of,
+    quantize_experts,
+    relative_errors,
+)
 from jaxlab.puzzlemoe.statistics import ExpertStats
 
 ArrayLike = Array | np.ndarray
@@ -34,7 +43,7 @@ class Summary(NamedTuple):
         figures: of the compression.
         pairs: `[P,2]`.
         bytes_before: of the experts in bfloat16.
-        bytes_after: of words and unmerged experts.
+        bytes_after: of words, or codes and scales, and unmerged experts.
     """
 
     figures: LayerReport
@@ -53,9 +62,9 @@ class CompressionReport:
 
     Attributes:
         bytes_before: of all weights, experts in bfloat16, the rest as it is stored.
-        bytes_after: of all weights, experts as words (and bfloat16 where they have no partner).
+        bytes_after: of all weights, experts as they are stored.
         expert_bytes_before: of the routed experts in bfloat16.
-        expert_bytes_after: words and unmerged experts.
+        expert_bytes_after: words, or codes and scales, and unmerged experts (bfloat16, or in slots of their own).
         pairs: `[L,P,2]` experts that share a slot.
         mask_density: `[L,3]` share of the weights of paired experts that are not masked.
         sim_fraction: `[L,3]` share of their positions where both use the mean.
@@ -174,6 +183,30 @@ def unpack_moe(model: Any, params: Any) -> tuple[Any, Any]:
     return model.clone(mlp=default_mlp), new
 
 
+def quantize_moe(model: Any, params: Any, *, bits: int = 8, group_size: int = GROUP_SIZE) -> tuple[Any, Any]:
+    """A packed decoder with its pairs in 8 or 6 bits a position: `quantize_experts` of every layer.
+
+    Args:
+        model: of `compress_moe` or `load_packed`.
+        params: its parameters.
+        bits: of a position, 8 or 6.
+        group_size: inputs that share a scale; see `quantize_experts`.
+
+    Raises:
+        ValueError: the model is not packed, or quantised already; as `quantize_experts`.
+    """
+    if not is_packed(params):
+        raise ValueError("the model has no packed experts to quantise")
+    new, policy = dict(params), model.mlp
+    for name, tree in params.items():
+        if name.startswith("blocks_") and "experts" in tree["mlp"]:
+            experts = quantize_experts(tree["mlp"]["experts"], bits=bits, group_size=group_size)
+            new[name] = {**tree, "mlp": {**tree["mlp"], "experts": experts}}
+            policy = policy_of(jax.tree.map(operator.itemgetter(0), experts))
+    policy = dataclasses.replace(policy, implementation=getattr(model.mlp, "implementation", None))
+    return model.clone(mlp=policy), new
+
+
 class Planner:
     """Compresses one sparse layer after the other; in memory and streaming alike, so that both give the same words.
 
@@ -184,9 +217,10 @@ class Planner:
         stats: of all its sparse layers, None, or a list that grows while layers are calibrated.
         cfg: how.
         pairs: in place of those of `cfg`.
+        bits: of a position, 16, 8 or 6.
 
     Raises:
-        ValueError: statistics or pairs of another number of layers; no pair comes out.
+        ValueError: an unknown number of bits; statistics or pairs of another number of layers; no pair comes out.
     """
 
     def __init__(
@@ -195,7 +229,10 @@ class Planner:
         stats: ExpertStats | list[ExpertStats] | None,
         cfg: PuzzleConfig,
         pairs: ArrayLike | None,
+        bits: int = 16,
     ):
+        if bits not in BITS:
+            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
         self.layers = check_config(config)
         assert config.moe is not None  # check_config saw it
         self.spec, self.stats, self.cfg = config.moe, stats, cfg
@@ -211,7 +248,10 @@ class Planner:
                 raise ValueError(f"pairs must be [P, 2] or [L={count}, P, 2], got shape {self.pairs.shape}")
             self.pairs = np.broadcast_to(self.pairs, (count, *self.pairs.shape[-2:]))
         paired = num_pairs(self.spec.num_experts, cfg.ratio) if self.pairs is None else self.pairs.shape[1]
-        self.policy = PackedPolicy(paired, cfg.unmerged if self.spec.num_experts > 2 * paired else "bf16")
+        unmerged = cfg.unmerged if self.spec.num_experts > 2 * paired else "bf16"
+        widths = () if bits == 16 else (config.hidden_size, self.spec.ffn_size)
+        group_size = math.lcm(*(group_of(width, GROUP_SIZE) for width in widths)) if widths else GROUP_SIZE
+        self.policy = PackedPolicy(paired, unmerged, bits=bits, group_size=group_size)
 
     def compress(
         self, index: int, router: ArrayLike, gate: ArrayLike, up: ArrayLike, down: ArrayLike
@@ -223,6 +263,10 @@ class Planner:
             stats = self.stats.layer(index) if isinstance(self.stats, ExpertStats) else self.stats[index]
         pairs = self._pairs(index, router, (gate, up, down), stats)
         packed, figures = compress_layer(gate, up, down, stats, pairs, self.cfg, layer=self.layers[index])
+        if self.policy.bits != 16:
+            packed = quantize_experts(packed, bits=self.policy.bits, group_size=self.policy.group_size)
+            errors = relative_errors(packed, dict(zip(MATRICES, (gate, up, down))), pairs)
+            figures = dataclasses.replace(figures, rel_mse=errors)
         after = sum(leaf.nbytes for leaf in jax.tree.leaves(dataclasses.replace(packed, slot_of=None, pos_of=None)))
         return packed, Summary(figures, pairs, 2 * (gate.size + up.size + down.size), after)
 
@@ -251,7 +295,9 @@ def _typical_rows(key: Array, width: int, stats: ExpertStats | None) -> Float[Ar
 def policy_of(experts: PackedExperts) -> PackedPolicy:
     """The MLP protocol that runs layers like this one."""
     pairs = int(np.sum(np.asarray(experts.pos_of)))  # the slots that have a second member
-    return PackedPolicy(pairs, "packed" if experts.gate.shape[0] > pairs else "bf16")
+    group_size = GROUP_SIZE if experts.bits == 16 else common_group(experts)
+    unmerged = "packed" if experts.gate.shape[0] > pairs else "bf16"
+    return PackedPolicy(pairs, unmerged, bits=experts.bits, group_size=group_size)
 
 
 def is_packed(params: Any) -> bool:

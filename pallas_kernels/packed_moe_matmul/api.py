@@ -44,9 +44,10 @@ def packed_moe_matmul(
     were not paired. No expert's rows are padded, an expert may have none (its words are then not read), and rows past
     `sum(group_sizes)` belong to nobody: they give zero rows and take zero gradient, whatever they hold (NaN too).
 
-    With `scales` the pairs are quantised: `words` are the bytes of `pack_codes`, with as many rows as the matrices have (8
-    bits a position) or three quarters of them (6 bits), and a group of inputs of a column shares a scale. Levels are
-    multiplied exactly; the scale is applied to sums in float32 (to each weight in some places, so in gradients).
+    With `scales` the pairs are quantised: `words` are the bytes of `pack_codes`, with as many rows as the matrices have
+    (8 bits a position) or three quarters of them (6 bits), and a group of inputs of a column shares a scale. Levels are
+    exact in every dtype and scales are applied in float32; tensor cores take scaled weights, rounded to the dtype of
+    the rows, for gradients only.
 
     With `words_up` every row gives `act(row @ W[e]) * (row @ U[e])`, the first half of a gated expert, and the two
     products are not stored.
@@ -69,7 +70,7 @@ def packed_moe_matmul(
       dense: matrices of the slots past those of `words`, any floating dtype.
       dense_up: the same for `words_up`.
       act: of the gate: "silu" (also called "swiglu") or "gelu" (the exact one); goes with `words_up`, and only with it.
-      scales: steps between levels, [slots, groups, outputs], floating; groups are of equally many inputs, a multiple of 4.
+      scales: steps between levels, [slots, groups, outputs], floating; a group is a multiple of 4 inputs.
       scales_up: the same for `words_up`.
       implementation: "triton" (CUDA, ROCm), "xla" (anywhere), "interpret" (the Triton kernels, interpreted, for tests),
         "reference", or several of them to be tried in order; None takes the best for the platform for which the program
@@ -85,8 +86,8 @@ def packed_moe_matmul(
         unknown implementation.
       TypeError: words are not uint16 (codes not uint8), rows, dense matrices or scales not floating, sizes, slots or
         positions not integers.
-      NotImplementedError: a gradient of `dense` or `scales` is wanted; the implementation asked for cannot serve the dtype or the
-        platform (the latter when the program is lowered).
+      NotImplementedError: a gradient of `dense` or `scales` is wanted; the implementation asked for cannot serve the
+        dtype, the size of groups or the platform (the latter when the program is lowered).
     """
     names = check_names(_OP, _TABLE, implementation)
     x, words, group_sizes, slot_of, pos_of = map(jnp.asarray, (x, words, group_sizes, slot_of, pos_of))
@@ -102,9 +103,7 @@ def packed_moe_matmul(
     return _jitted(x, of_gate, of_up, group_sizes, slot_of, pos_of, act=act, bits=bits, implementation=names)
 
 
-def _check(
-    x: Array, words: Array, group_sizes: Array, slot_of: Array, pos_of: Array, *, quantised: bool
-) -> None:
+def _check(x: Array, words: Array, group_sizes: Array, slot_of: Array, pos_of: Array, *, quantised: bool) -> None:
     per_expert = (("group_sizes", group_sizes), ("slot_of", slot_of), ("pos_of", pos_of))
     for name, array, rank in (("x", x, 2), ("words", words, 3), *((name, array, 1) for name, array in per_expert)):
         if array.ndim != rank:
@@ -126,9 +125,7 @@ def _check(
         raise ValueError(f"words must hold at least one slot, got {words.shape}")
 
 
-def _check_scales(
-    k: int, words: Array, words_up: Array | None, scales: Array | None, scales_up: Array | None
-) -> int:
+def _check_scales(k: int, words: Array, words_up: Array | None, scales: Array | None, scales_up: Array | None) -> int:
     """Bits of a position."""
     if (scales_up is None) != (scales is None or words_up is None):
         raise ValueError("scales_up must be given with scales and words_up, and only then")
@@ -138,7 +135,7 @@ def _check_scales(
     bits = next((bits for bits in BITS if rows * 8 == k * bits), None)
     if bits is None:
         raise ValueError(
-            f"words [slots, r, n] must have r = k (8 bits) or 3 k / 4 (6 bits) rows for x [m, k] where scales are given, "
+            "words [slots, r, n] of x [m, k] must have r = k (8 bits) or r = 3 k / 4 (6 bits) where scales are given, "
             f"got {words.shape} and k = {k}"
         )
     for name, array in (("scales", scales), ("scales_up", scales_up)):

@@ -82,9 +82,7 @@ def _decoded_bits(words, pos, kind):
     return (sign | magnitude) & (kind(0) - mask)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("words", "dense", "scales"), meta_fields=("bits",)
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("words", "dense", "scales"), meta_fields=("bits",))
 @dataclasses.dataclass(frozen=True)
 class Slots:
     """The matrices of all slots: slot s is `words[s]`, or, past those, `dense[s - len(words)]` as it stands.

@@ -34,6 +34,7 @@ _DIRECTIONS = ((1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, 
 _TABLES = tuple(
     np.uint32(sum((direction[p] & 3) << (30 - 2 * code) for code, direction in enumerate(_DIRECTIONS))) for p in (0, 1)
 )
+_BITS_OF_192 = 0x4340
 
 
 def pack_codes(
@@ -134,7 +135,11 @@ def _unpack(codes, scales, pos, dtype, bits, doubtful):
 
 
 def decode_codes(
-    codes: UInt8[Array, "*s r n"], scales: Float[Array, "*s g n"], pos: Integer[Array, "..."], dtype: DTypeLike, bits: int
+    codes: UInt8[Array, "*s r n"],
+    scales: Float[Array, "*s g n"],
+    pos: Integer[Array, "..."],
+    dtype: DTypeLike,
+    bits: int,
 ) -> Float[Array, "*s k n"]:
     """`unpack_codes` without checks."""
     *stack, groups, n = scales.shape
@@ -179,7 +184,11 @@ def decode_run(
     table = jnp.where(pos == 0, _TABLES[0], _TABLES[1])
     # Shifted to the top, two bits are a coefficient and its sign.
     coefficient = lax.bitcast_convert_type(table << twice_code, jnp.int32) >> 30
-    return (coefficient * lax.bitcast_convert_type(level, jnp.int32)).astype(dtype)
+    product = coefficient * lax.bitcast_convert_type(level, jnp.int32)
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return product.astype(dtype)
+    # 192 + product as the bits of a bfloat16, whose last one counts 1 there: GPUs convert integers slowly.
+    return lax.bitcast_convert_type((product + _BITS_OF_192).astype(jnp.uint16), jnp.bfloat16) - jnp.bfloat16(192)
 
 
 def check_codes(name: str, codes: Array) -> None:

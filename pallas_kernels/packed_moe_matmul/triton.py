@@ -57,14 +57,14 @@ def rows_times_experts(
     groups = None if not scales else _Groups(weights[0])
     settings = {"act": act, "gated": len(weights) == 2, "groups": groups}
     if tiles is None and not transpose and m <= max(_FEW_ROWS, experts):
-        found = (_ROW_TILES_OF_CODES if scales else _ROW_TILES)[len(weights)]
+        found = _ROW_TILES[len(weights)] if groups is None else _ROW_TILES_OF_CODES[groups.bits]
         tiles = _fit(found, rows=16, columns=n, depth=depth, groups=groups)
         units = m
         kernel = functools.partial(_row_kernel, tiles=tiles, **settings)
         name = "packed_gated_gemv" if act else "packed_gemv"
     else:
         common = jnp.result_type(jnp.bfloat16, *given)
-        found = _TILES[common.itemsize, len(weights)]
+        found = (_TILES if groups is None else _TILES_OF_CODES)[common.itemsize, len(weights)]
         tiles = tiles or _fit(
             found, rows=-(-m // experts), columns=n, depth=depth, groups=None if transpose else groups
         )
@@ -153,7 +153,7 @@ class _Refs:
 
 
 def _tile_kernel(
-    *refs: Any, act: str | None, gated: bool, groups: _Groups | None, transpose: bool, tiles: Tiles, common: Any
+    *refs: Any, act: str | None, gated: bool, groups: Any, transpose: bool, tiles: Tiles, common: Any
 ) -> None:
     at = _Refs(refs, gated, groups)
     packed = at.packed
@@ -240,7 +240,7 @@ def _tile_kernel(
     plt.store(at.out.at[row[:, None], column[None, :]], made.astype(at.out.dtype), mask=inside)
 
 
-def _row_kernel(*refs: Any, act: str | None, gated: bool, groups: _Groups | None, tiles: Tiles) -> None:
+def _row_kernel(*refs: Any, act: str | None, gated: bool, groups: Any, tiles: Tiles) -> None:
     at = _Refs(refs, gated, groups)
     packed = at.packed
     (m, k), (_, n) = at.rows.shape, at.out.shape
@@ -389,8 +389,15 @@ _TILES = {
     (4, 1): Tiles(128, 64, 32, warps=8, stages=3),
     (4, 2): Tiles(64, 64, 32, warps=4, stages=3),
 }
+_TILES_OF_CODES = {
+    (2, 1): Tiles(128, 64, 64, warps=8, stages=3),
+    (2, 2): Tiles(64, 64, 64, warps=8, stages=3),
+    (4, 1): Tiles(64, 64, 32, warps=8, stages=3),
+    (4, 2): Tiles(64, 64, 32, warps=8, stages=3),
+}
 _ROW_TILES = {1: Tiles(16, 64, 64, warps=4), 2: Tiles(16, 64, 32, warps=4)}
-_ROW_TILES_OF_CODES = {1: Tiles(16, 128, 32, warps=4), 2: Tiles(16, 128, 16, warps=4)}
+# By bits of a position.
+_ROW_TILES_OF_CODES = {8: Tiles(16, 64, 32, warps=4), 6: Tiles(16, 64, 16, warps=4)}
 # Inputs that a tensor core takes at a time.
 _LEAST = 16
 
