@@ -59,3 +59,25 @@ def _activation(z: np.ndarray, act: str) -> tuple[np.ndarray, np.ndarray]:
         return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
     cdf = 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(z / math.sqrt(2)))
     return z * cdf, cdf + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+
+
+def codes(codes: np.ndarray, scales: np.ndarray, pos: int, bits: int) -> np.ndarray:
+    """Weights of member `pos` of quantised pairs, one position after the other; codes [r, n], scales [groups, n]."""
+    groups, n = scales.shape
+    size = len(codes) * 8 // bits // groups
+    out = np.zeros((groups * size, n))
+    # Angles of the pair codes in eighths of a turn: the sign of a cosine (member 0) and a sine (member 1).
+    turn = [np.cos, np.sin][pos]
+    for k in range(groups * size):
+        group, place = divmod(k, size)
+        if bits == 8:
+            code, level = np.divmod(codes[k].astype(int), 32)
+        else:
+            quarter, row = divmod(place, size // 4)
+            planes = codes[group * size * 3 // 4 :].astype(int)
+            nibble = planes[quarter // 2 * (size // 4) + row] // 16 ** (quarter % 2) % 16
+            rest = planes[2 * (size // 4) + row] // 4**quarter % 4
+            code, level = nibble // 2, 2 * rest + nibble % 2
+        coefficient = np.rint(np.sqrt(2) * turn(code * np.pi / 4)).clip(-1, 1)
+        out[k] = coefficient * level * scales[group].astype(np.float64)
+    return out
