@@ -64,7 +64,7 @@ def group_of(inputs: int, group_size: int) -> int:
     size = math.gcd(inputs, group_size) if group_size > 0 else group_size
     if size < 4 or size % 4:
         raise ValueError(
-            f"groups must be of a multiple of 4 inputs, got {size} for group_size {group_size} of {inputs}"
+            f"groups must be of a multiple of 4 inputs, got {size}: group_size {group_size}, {inputs} inputs"
         )
     return size
 

@@ -179,6 +179,7 @@ def decode_run(
     if len(planes) == 1:
         twice_code, level = first >> 4 & 14, first & 31
     else:
+        run = jnp.asarray(run).astype(jnp.uint32)
         nibble = first >> ((run & 1) * 4)
         twice_code, level = nibble & 14, planes[1].astype(jnp.uint32) << 1 >> (run * 2) & 6 | nibble & 1
     table = jnp.where(pos == 0, _TABLES[0], _TABLES[1])

@@ -391,7 +391,7 @@ _TILES = {
 }
 _TILES_OF_CODES = {
     (2, 1): Tiles(128, 64, 64, warps=8, stages=3),
-    (2, 2): Tiles(64, 64, 64, warps=8, stages=3),
+    (2, 2): Tiles(64, 32, 64, warps=8, stages=3),
     (4, 1): Tiles(64, 64, 32, warps=8, stages=3),
     (4, 2): Tiles(64, 64, 32, warps=8, stages=3),
 }

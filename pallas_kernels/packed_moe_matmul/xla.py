@@ -6,7 +6,7 @@ tiles of a few fixed heights, the lowest that holds the expert's rows, so that t
 much as that of a hundred. (Measured against decoding whole matrices, blocks of columns, multiplying and summing.)
 
 Of quantised pairs a block is a part of a group, whose levels are multiplied and the product scaled, or several groups
-with scaled weights, run after run: 6 bits hold four runs of a group's inputs, and interleaving them would cost more.
+with scaled weights; of 6 bits, which hold four runs of a group's inputs, one run at a time.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,8 @@ from pallas_kernels.packed_moe_matmul.codes import QUARTERS, decode_run, planes_
 _HEIGHTS = (2, 8, 32, 128)
 # Elements of a decoded block for tiles of at most as many rows: few rows wait for memory, many for the multiplier.
 _BLOCKS = ((8, 2**18), (128, 2**20))
+# The same of codes, for tiles of any height.
+_BLOCK_OF_CODES = 2**19
 
 
 def rows_times_experts(
@@ -156,19 +158,18 @@ def _block(slots: Slots, slot: Array, pos: Array, at: Array, depth: int, precise
 
 def _product_of_codes(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
     """Tile [r, k] @ matrix [k, n] of codes."""
-    blocks = _CodeBlocks(slots, slot, pos, tile.shape[0], precise)
+    blocks = _CodeBlocks(slots, slot, pos, precise)
     inputs = tile.reshape(tile.shape[0], *blocks.shape)
-    several, _, _, depth = blocks.size
+    several, _, depth = blocks.size
 
     def step(i, total):
-        at, scale = blocks.start(i), blocks.scale(i)
-        made = 0
-        for run in range(blocks.shape[1]):
-            part = lax.dynamic_slice(inputs, (0, at[0], run, at[1]), (tile.shape[0], several, 1, depth))
-            levels = blocks.levels(i, run)
-            weights = levels[0] if several == 1 else (levels * scale).reshape(several * depth, -1)
-            made = made + part.reshape(tile.shape[0], -1).astype(precise) @ weights
-        return total + (made * scale[0] if several == 1 else made)
+        group, run, first = blocks.start(i)
+        part = lax.dynamic_slice(inputs, (0, group, run, first), (tile.shape[0], *blocks.size))
+        part = part.reshape(tile.shape[0], several * depth).astype(precise)
+        levels, scale = blocks.levels(i), blocks.scale(i)
+        if several == 1:
+            return total + part @ levels[0] * scale[0]
+        return total + part @ (levels * scale).reshape(several * depth, -1)
 
     start = zeros_alike((tile.shape[0], slots.words.shape[2]), precise, tile)
     return lax.fori_loop(0, blocks.count, step, start)
@@ -176,48 +177,45 @@ def _product_of_codes(tile: Array, slots: Slots, slot: Array, pos: Array, precis
 
 def _transposed_product_of_codes(tile: Array, slots: Slots, slot: Array, pos: Array, precise: DTypeLike) -> Array:
     """Tile [r, n] @ matrix.T [n, k] of codes."""
-    blocks = _CodeBlocks(slots, slot, pos, tile.shape[0], precise)
-    several, _, _, depth = blocks.size
+    blocks = _CodeBlocks(slots, slot, pos, precise)
+    several, _, depth = blocks.size
     tile = tile.astype(precise)
 
     def step(i, out):
-        at = blocks.start(i)
-        for run in range(blocks.shape[1]):
-            weights = (blocks.levels(i, run) * blocks.scale(i)).reshape(several * depth, -1)
-            part = lax.dot_general(tile, weights, (((1,), (1,)), ((), ()))).reshape(-1, several, 1, depth)
-            out = lax.dynamic_update_slice(out, part, (0, at[0], run, at[1]))
-        return out
+        weights = (blocks.levels(i) * blocks.scale(i)).reshape(several * depth, -1)
+        part = lax.dot_general(tile, weights, (((1,), (1,)), ((), ()))).reshape(-1, *blocks.size)
+        return lax.dynamic_update_slice(out, part, (0, *blocks.start(i)))
 
     out = lax.fori_loop(0, blocks.count, step, zeros_alike((tile.shape[0], *blocks.shape), precise, tile))
     return out.reshape(tile.shape[0], -1)
 
 
 class _CodeBlocks:
-    """One member's matrix of codes in blocks of equal size: several groups, or a part of one."""
+    """One member's matrix of codes in blocks of equal size: a run of several groups, or a part of a run of one."""
 
-    def __init__(self, slots: Slots, slot: Array, pos: Array, rows: int, precise: DTypeLike):
+    def __init__(self, slots: Slots, slot: Array, pos: Array, precise: DTypeLike):
         self._slot, self._pos, self._precise, self._bits = slot, pos, precise, slots.bits
         number, groups, n = slots.scales.shape
         splits = QUARTERS[slots.bits]
         run = slots.inputs // groups // splits
         self.shape = (groups, splits, run)
-        # The runs of a block are decoded at the same time.
-        limit = min(next(size for most, size in _BLOCKS if rows <= most), _BLOCKS[-1][1] // splits) // n
+        limit = _BLOCK_OF_CODES // n
         several = _divisor(groups, limit // run)
-        self.size = (several, 1, 1, run if several > 1 else _divisor(run, limit))
+        self.size = (several, 1, run if several > 1 else _divisor(run, limit))
         self._codes = slots.words.reshape(number, groups, -1, run, n)
         self._scales = slots.scales
-        self._parts = run // self.size[3]
-        self.count = groups // several * self._parts
+        self._parts = run // self.size[2]
+        self.count = groups // several * splits * self._parts
 
-    def start(self, i: Array) -> tuple[Array, Array]:
-        """The first group, and the first input of its runs."""
+    def start(self, i: Array) -> tuple[Array, Array, Array]:
+        """The first group, the run, and the first input in the run."""
         i = i.astype(jnp.int32)  # also where the loop counts in 64 bits
-        return i // self._parts * self.size[0], i % self._parts * self.size[3]
+        whole, part = i // self._parts, i % self._parts
+        return whole // self.shape[1] * self.size[0], whole % self.shape[1], part * self.size[2]
 
-    def levels(self, i: Array, run: int) -> Array:
-        """Coefficient times level of a run of inputs in block i, [groups, depth, n]."""
-        (group, first), (several, _, _, depth) = self.start(i), self.size
+    def levels(self, i: Array) -> Array:
+        """Coefficient times level of block i, [groups, depth, n]."""
+        (group, run, first), (several, _, depth) = self.start(i), self.size
         size = (1, several, 1, depth, self._codes.shape[4])
         planes = [
             lax.dynamic_slice(self._codes, (self._slot, group, plane, first, 0), size)[0, :, 0]

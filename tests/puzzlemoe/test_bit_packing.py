@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlab.models.sources import find_model
-from jaxlab.puzzlemoe import MergedPair, dual_mask_merge, exponent_histogram, pack_pair, unpack
+from jaxlab.puzzlemoe import MergedPair, dual_mask_merge, exponent_histogram, pack_pair, packed_entropy, unpack
 from pallas_kernels.packed_moe_matmul import unpack as kernels_unpack
 from tests.oracles import puzzlemoe as oracle
 
@@ -122,3 +122,34 @@ def test_exponents_of_a_real_model():
     assert zeros == pytest.approx(3.1e-4, abs=5e-5)
     assert counts[:112].sum() / counts.sum() - zeros < 1e-5
     assert counts[144:].sum() == 0
+
+
+def test_entropy_of_known_distributions():
+    # Every word of both members, as often as any other: all bits are free.
+    both = np.arange(2**16, dtype=np.uint16)
+    both = both[both >> 12 & 3 == 3]
+    np.testing.assert_allclose(packed_entropy(both), (5, 0, 2, 7, 14), atol=1e-12)
+    # Signs of masked members, and everything of positions that nobody uses, count for nothing.
+    every = packed_entropy(np.arange(2**16, dtype=np.uint16).reshape(256, -1))
+    used = 3 / 4
+    np.testing.assert_allclose(every, (5 * used, 2, (1 + 1 + 2) / 4, 7 * used, 2 + 1 + 12 * used), atol=1e-12)
+    np.testing.assert_allclose(packed_entropy(np.zeros(3, np.uint16)), 0, atol=1e-12)
+
+
+def test_entropy_of_gaussian_pairs(gaussians):
+    pair = dual_mask_merge(*gaussians)
+    found = packed_entropy(np.asarray(pack_pair(pair)))
+    # Masks: both similar (0.4845), else one of two; signs: as many bits as members are used; mantissas nearly uniform.
+    both = 0.4845
+    mask = -both * np.log2(both) - (1 - both) * np.log2((1 - both) / 2)
+    np.testing.assert_allclose(found[1:4], (mask, 1 + both, 7), atol=0.02)
+    assert found.exponent < 2.5
+    assert found.total <= sum(found[:4]) + 1e-9
+    assert found.total / sum(found[:4]) > 0.85
+
+
+def test_entropy_refuses(unchecked):
+    with pytest.raises(TypeError, match="words must be uint16"):
+        packed_entropy(np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match="must not be empty"):
+        packed_entropy(np.zeros((0, 2), np.uint16))

@@ -32,10 +32,18 @@ def test_compress_info_eval(folders):
     assert 10 < float(perplexity.output.split()[1]) < 200
 
 
+def test_quantised(folders, tmp_path):
+    done = run("compress", folders[0], tmp_path / "o", "--bits", 8)
+    assert done.exit_code == 0, done.output
+    # A byte a position of a pair, and a scale for 16 inputs of two bytes: (1 + 2 / 16) / 4 of bfloat16.
+    assert "(28.1%)" in done.output
+
+
 def test_what_is_wrong_is_said_and_leaves_nothing(folders, tmp_path):
     source, _, calib = folders
     for arguments, error, message in (
         (("compress", source, tmp_path / "o", "--ratio", 0.9), ValueError, "ratio"),
+        (("compress", source, tmp_path / "o", "--bits", 7), ValueError, "bits must be one of 16, 8, 6, got 7"),
         (("compress", source, tmp_path / "o", "--norm", "best"), ValueError, "norm must be one of"),
         (("compress", source, tmp_path / "o", "--calib", tmp_path / "none.npy"), FileNotFoundError, "none.npy"),
         (("compress", tmp_path / "in", tmp_path / "o"), FileNotFoundError, "in"),

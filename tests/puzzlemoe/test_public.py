@@ -37,7 +37,10 @@ def test_contract():
         puzzlemoe.load_hf_moe: "path * dtype",
         puzzlemoe.compress_moe: "model params stats cfg * pairs",
         puzzlemoe.unpack_moe: "model params",
-        puzzlemoe.compress_checkpoint: "model_dir out_dir cfg * calib pairs",
+        puzzlemoe.packed_entropy: "words",
+        puzzlemoe.quantize_experts: "packed * bits group_size",
+        puzzlemoe.quantize_moe: "model params * bits group_size",
+        puzzlemoe.compress_checkpoint: "model_dir out_dir cfg * calib pairs bits",
         puzzlemoe.save_packed: "path model params report * format",
         baselines.apply_method: "name model params batches * ratio seed",
         baselines.hc_labels: "features num_groups * linkage",
@@ -54,7 +57,9 @@ def test_contract():
     fields = {
         puzzlemoe.ExpertStats: "sum_sq_in sum_sq_mid tokens calls",
         puzzlemoe.MergedPair: "mag mask_i mask_j sign_i sign_j",
-        puzzlemoe.PackedExperts: "gate up down slot_of pos_of dense_gate dense_up dense_down",
+        puzzlemoe.PackedExperts: (
+            "gate up down slot_of pos_of dense_gate dense_up dense_down scale_gate scale_up scale_down"
+        ),
         puzzlemoe.MoELayer: "router gate up down top_k norm_topk_prob act",
         puzzlemoe.MemoryEstimate: "total_bytes expert_bytes other_bytes",
         puzzlemoe.CompressionReport: (
