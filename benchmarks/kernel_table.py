@@ -112,6 +112,45 @@ def _packed_gpu_shapes():
     return array((4096, 512), half), array((4, 512, 256), jnp.uint16), *places, array((4096, 256), half)
 
 
+def _coded(x, codes, scales, sizes, slots, members, *, implementation=None):
+    return packed_moe_matmul(x, codes, sizes, slots, members, scales=scales, implementation=implementation)
+
+
+def _of_codes(bits, x, codes, scales, sizes, slots, members, cotangent):
+    experts = np.stack([packed_oracle.codes(codes[s], scales[s], p, bits) for s, p in zip(slots, members)])
+    return packed_oracle.product(x, experts, sizes), packed_oracle.gradient(experts, sizes, cotangent)
+
+
+def _code_arrays(bits):
+    rng = np.random.default_rng(0)
+    x, _, *places = _packed_arrays()
+    codes = jnp.asarray(rng.integers(0, 256, (4, 512 * bits // 8, 512), np.uint8))
+    return x, codes, jnp.asarray(rng.uniform(1, 2, (4, 4, 512)), jnp.bfloat16), *places
+
+
+def _code_gpu_shapes(bits):
+    x, _, *rest = _packed_gpu_shapes()
+    array = jax.ShapeDtypeStruct
+    return x, array((4, 512 * bits // 8, 256), jnp.uint8), array((4, 4, 256), jnp.bfloat16), *rest
+
+
+def _op_of_codes(bits: int) -> Op:
+    return Op(
+        name=f"packed_moe_matmul, {bits} bits",
+        what=f"The same of quantised pairs, {bits} bits a position and a scale for 128 inputs.",
+        function=_coded,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton",),
+        arrays=functools.partial(_code_arrays, bits),
+        shape="256 rows, 8 experts of uneven load in 4 slots, 512 x 512 matrices",
+        oracle=functools.partial(_of_codes, bits),
+        differentiate=(0,),
+        gpu_shapes=functools.partial(_code_gpu_shapes, bits),
+        gpu_shape="4096 rows, 8 experts in 4 slots, 512 x 256 matrices, bfloat16 rows",
+    )
+
+
 def _swiglu(lhs, rhs, rhs_up, sizes, *, implementation=None):
     return grouped_matmul(lhs, rhs, sizes, rhs_up=rhs_up, act="silu", implementation=implementation)
 
@@ -251,6 +290,7 @@ OPS = (
         gpu_shapes=_packed_gpu_shapes,
         gpu_shape="4096 rows, 8 experts in 4 slots, 512 x 256 matrices, bfloat16 rows",
     ),
+    *map(_op_of_codes, (8, 6)),
 )
 
 

@@ -1,4 +1,7 @@
-"""PuzzleMoE's packed product on this CPU: against the loop over bfloat16 experts it replaces, and `lax.ragged_dot`."""
+"""PuzzleMoE's packed product on this CPU: against the loop over bfloat16 experts it replaces, and `lax.ragged_dot`.
+
+Words of 16 bits, and the quantised forms of 8 and 6, which are compared to the words too.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from jax import lax
 
 from benchmarks.harness import Case, interleaved
 from jaxlab.core.errors import MissingExtra
+from jaxlab.puzzlemoe import PackedExperts, quantize_experts
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_moe_matmul import packed_moe_matmul, unpack
 
@@ -85,11 +89,39 @@ def cases(quick: bool) -> Iterator[Case]:
                 yield _timed(what, run, ragged, "lax.ragged_dot", RAGGED_BARS[rows], 3 if quick else 5)
             mib = (ours.memory_analysis().temp_size_in_bytes / MIB, WIDTH * FFN * 2 / MIB)
             yield Case(SYSTEM, what, "temporary MiB", *mib, "one decoded bfloat16 matrix", 1 / TEMPORARY_MATRICES)
+    yield from _quantised_cases(words, decoded, repeats)
     try:
         mib = [gpu_temporaries(program) / MIB for program in (packed_moe_matmul, decoded_matmul)]
     except MissingExtra:
         return
     yield Case(SYSTEM, "packed_moe_matmul, 256 rows bfloat16, H100", "temporary MiB", *mib, "all experts decoded")
+
+
+def _quantised_cases(words: jax.Array, decoded: jax.Array, repeats: int) -> Iterator[Case]:
+    """Time in 8 and 6 bits a position, and the bytes of an expert's weight."""
+    for bits in (8, 6):
+        codes, scales = quantised(words, bits)
+        what = f"packed_moe_matmul, {bits} bits"
+        stored = 8 * (codes.nbytes + scales.nbytes) / (2 * words.size)
+        yield Case(SYSTEM, what, "bits a weight", stored, 16.0, "bfloat16")
+        for rows, bar in LOOP_BARS.items():
+            x, _, sizes, slot_of, pos_of = inputs(rows, jnp.float32)
+            ours = jax.jit(packed_moe_matmul).lower(x, codes, sizes, slot_of, pos_of, scales=scales).compile()
+            run = functools.partial(ours, x, codes, sizes, slot_of, pos_of, scales=scales)
+            loop = functools.partial(jax.jit(expert_loop), x, decoded, sizes)
+            of_words = functools.partial(jax.jit(packed_moe_matmul), x, words, sizes, slot_of, pos_of)
+            title = f"{what}, {rows} rows float32, CPU"
+            yield _timed(title, run, loop, "loop over bfloat16 experts", bar, repeats)
+            # Few rows wait for memory: there fewer bytes must be faster.
+            yield _timed(title, run, of_words, "words of 16 bits", 1.0 if rows == 2 else None, repeats)
+
+
+def quantised(words: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """The same pairs as codes and scales."""
+    experts = jnp.arange(EXPERTS, dtype=jnp.int32)
+    tall = jnp.swapaxes(words, 1, 2)
+    packed = quantize_experts(PackedExperts(words, words, tall, experts // 2, experts % 2), bits=bits)
+    return packed.gate, packed.scale_gate
 
 
 def decoded_matmul(
@@ -111,6 +143,6 @@ def gpu_temporaries(program: Any) -> int:
     return plan.compile(program, *args, target=plan.target("h100"), labels=["input"] * 5).bytes["temporaries"]
 
 
-def _timed(what: str, ours: Any, peer: Any, peer_name: str, bar: float, repeats: int) -> Case:
+def _timed(what: str, ours: Any, peer: Any, peer_name: str, bar: float | None, repeats: int) -> Case:
     mine, theirs = interleaved(ours, peer, repeats=repeats, warmup=2)
     return Case(SYSTEM, what, "ms", mine * 1e3, theirs * 1e3, peer_name, bar)
