@@ -184,7 +184,7 @@ def generate(
 def plan(
     config: Annotated[str, typer.Argument(help="A recipe's or a training config (YAML).")],
     overrides: _Overrides = None,
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200, gh200, b200, mi250x, or cpu.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="a100, a100_40, h100, h200, gh200, b200, mi250x, or cpu.")] = "h100",
     topology: Annotated[str, typer.Option(help="partitions x hosts x devices a host: 1x128x8 is 1024 GPUs.")] = "1x1x1",
     mesh: Annotated[str, typer.Option(help="data=8,fsdp=16; default: the config's, else data over all.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

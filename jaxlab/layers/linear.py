@@ -92,4 +92,14 @@ def _product(
     """The product of x, reshaped to `rows`, and the kernel, reshaped to `columns`, both in `dtype`."""
     contract = (((len(rows) - 1,), (0,)), ((), ()))
     x, kernel = x.astype(dtype).reshape(rows), kernel.astype(dtype).reshape(columns)
-    return jax.lax.dot_general(x, kernel, contract, preferred_element_type=out_dtype)
+
+    def multiply(x, kernel):
+        return jax.lax.dot_general(x, kernel, contract, preferred_element_type=out_dtype)
+
+    def multiply_twice(x, kernel):
+        return multiply(jnp.concatenate([x, x]), kernel)[:1]
+
+    if math.prod(rows[:-1]) != 1:
+        return multiply(x, kernel)
+    # Of one row XLA's GPU compiler makes a sum over transposed kernels, and of a scan's it stores all, every time.
+    return jax.lax.platform_dependent(x, kernel, cuda=multiply_twice, default=multiply)

@@ -1,4 +1,4 @@
-"""`jaxlab puzzlemoe compress|info|eval|chat`; nothing heavy is imported before they run."""
+"""`jaxlab puzzlemoe compress|info|eval|chat|fits`; nothing heavy is imported before they run."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,6 +104,55 @@ def chat(
         typer.echo()
         if prompt:
             break
+
+
+@app.command()
+def fits(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="mixtral-8x7b, qwen3-30b-a3b, deepseek-moe-16b, qwen1.5-moe-a2.7b (default all), or paths."),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="A preset of jaxlab plan: h100 has 80 GB, a100_40 has 40.")] = "h100",
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Fraction of the experts that goes; may be given again. Default 0, 0.5.")
+    ] = None,
+    phase: Annotated[list[str] | None, typer.Option(help="decode or prefill; default both.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    context: Annotated[int, typer.Option(help="Positions of a row; a prefill writes all of them.")] = 1536,
+    most: Annotated[bool, typer.Option("--most", help="Also the most rows of it, and the longest of one row.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Compile whole models for a GPU that need not be there; say which fit one, as they are and packed."""
+    import itertools
+    import json
+
+    from jaxlab.core import plan
+    from jaxlab.models.decoder import DecoderConfig
+    from jaxlab.puzzlemoe import serving
+    from jaxlab.puzzlemoe.config import check_name, num_pairs
+
+    names, phases = models or list(serving.MODELS), phase or list(serving.PHASES)
+    ratios = [0.0, 0.5] if ratio is None else ratio
+    try:
+        check_name("gpu", gpu, tuple(plan.GPUS))
+        for each in phases:
+            check_name("phase", each, serving.PHASES)
+        if min(batch, context) < 1:
+            raise ValueError(f"batch and context must be at least 1, got {batch} and {context}")
+        for name, share in itertools.product(names, ratios):
+            moe = DecoderConfig.from_hf(serving.hf_config(name)).moe
+            if moe is not None and share:
+                num_pairs(moe.num_experts, share)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    found = []
+    for name, share, each in itertools.product(names, ratios, phases):
+        sizes = {"batch": batch, "context": context, "search_context": context if most else None}
+        found.append(serving.fit(name, gpu, ratio=share, phase=each, **sizes))
+    if as_json:
+        typer.echo(json.dumps({"gpu": gpu, "fits": [each.to_dict() for each in found]}, indent=1))
+    else:
+        typer.echo(serving.table(found))
 
 
 def _tokens(file: Path, model_dir: Path, sequences: int, length: int) -> Any:

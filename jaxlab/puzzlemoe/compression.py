@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,21 @@ class PackedExperts:
     def bits(self) -> int:
         """Bits of a position: 16, 8 or 6."""
         return 16 if self.scale_gate is None else 8 * self.gate.shape[-2] // self.down.shape[-1]
+
+    def over_layers(self) -> tuple[Any, Callable[[Any], "PackedExperts"]]:
+        """What a scan over stacked layers cuts, and how a layer comes from its cut: all layers' slots, its addresses.
+
+        So no layer's words are copied out of the stack before a kernel reads those of a few experts.
+        """
+        layers, words = self.gate.shape[:2]
+        dense = 0 if self.dense_gate is None else self.dense_gate.shape[1]
+        layer = jnp.arange(layers, dtype=self.slot_of.dtype)[:, None]
+        slot = jnp.where(self.slot_of < words, layer * words, layers * words + layer * dense - words) + self.slot_of
+        # An address that a layer does not have must not become that of another layer.
+        slot = jnp.where((self.slot_of >= 0) & (self.slot_of < words + dense), slot, -1)
+        arrays = dataclasses.replace(self, slot_of=None, pos_of=None)
+        whole = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
+        return (slot, self.pos_of), lambda cut: dataclasses.replace(whole, slot_of=cut[0], pos_of=cut[1])
 
 
 @dataclasses.dataclass(frozen=True)

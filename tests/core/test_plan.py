@@ -56,17 +56,18 @@ def test_a_target_is_a_mesh_over_described_devices():
 
 @needs_aot
 def test_presets_differ_in_memory():
-    memory = {gpu: plan.target(gpu).memory_bytes / 2**30 for gpu in ("h100", "h200", "gh200", "b200", "mi250x")}
-    assert memory == pytest.approx({"h100": 79, "h200": 140, "gh200": 95, "b200": 179, "mi250x": 64}, abs=1)
+    memory = {gpu: plan.target(gpu).memory_bytes / 2**30 for gpu in plan.GPUS}
+    known = {"a100": 79, "a100_40": 39.5, "h100": 79, "h200": 140, "gh200": 95, "b200": 179, "mi250x": 64}
+    assert memory == pytest.approx(known, abs=1)
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"gpu": "h1000"}, "h1000.*a100, h100, h200, gh200, b200, mi250x, cpu"),
-        ({"gpu": None}, "None.*a100, h100"),
-        ({"topology": "8"}, "'8'.*1x128x8.*a100, h100"),
+        ({"gpu": "h1000"}, "h1000.*a100, a100_40, h100, h200, gh200, b200, mi250x, cpu"),
+        ({"gpu": None}, "None.*a100, a100_40, h100"),
+        ({"topology": "8"}, "'8'.*1x128x8.*a100, a100_40, h100"),
         ({"topology": "1x0x8"}, "1x0x8"),
         ({"topology": "1x2x"}, "1x2x"),
         ({"topology": 8}, "topology.*8"),

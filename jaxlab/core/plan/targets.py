@@ -65,6 +65,11 @@ GPUS: dict[str, GPU] = {
         "NVIDIA A100-SXM4-80GB", 85_031_714_816, (8, 0), 108, 2.039e12, 40 * 2**20, 1.41,
         shared_per_core=167936, shared_per_block=166912, fpus_per_core=64,
     ),
+    # Memory as CUDA tells it of the 40 GB card; bandwidth by the data sheet; the rest is the 80 GB card's.
+    "a100_40": GPU(
+        "NVIDIA A100-SXM4-40GB", 42_405_855_232, (8, 0), 108, 1.555e12, 40 * 2**20, 1.41,
+        shared_per_core=167936, shared_per_block=166912, fpus_per_core=64,
+    ),
     "h100": _H100,
     "h200": GPU("NVIDIA H200", 150_110_011_392, (9, 0), 132, 4.8e12, 50 * 2**20, 1.98),
     "gh200": GPU("NVIDIA GH200 480GB", int(94.5 * _GIB), (9, 0), 132, 4.0e12, 50 * 2**20, 1.98),

@@ -156,7 +156,12 @@ class Stack(nn.Module):
             layer_step = jax.checkpoint(layer_step, prevent_cse=not self.config.scan)
         if self.config.scan and layers > 1 and not separate:
             indices = jnp.arange(self.run.start, self.run.stop, dtype=jnp.int32)
-            (x, cache), aux = jax.lax.scan(layer_step, (x, cache), (params, indices))
+            cut, joined = _over_layers(params)
+
+            def scanned_step(carry, per_layer):
+                return layer_step(carry, (joined(per_layer[0]), per_layer[1]))
+
+            (x, cache), aux = jax.lax.scan(scanned_step, (x, cache), (cut, indices))
             return x, cache, aux
         reports = []
         for index in range(layers):
@@ -177,6 +182,21 @@ class Stack(nn.Module):
             for name, tree in stacked.items():
                 self.param(name, lambda _, tree=tree: tree)
         return nn.meta.unbox(self.variables["params"])
+
+
+def _over_layers(params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What a scan cuts out of stacked layers, and how a layer's parameters come from its cut.
+
+    A scan copies what it cuts, as kernels take whole arrays: all experts of a layer for the few that a step reads. A
+    node of the tree with a method `over_layers()` says itself what is cut, and keeps the rest whole. Not over a mesh,
+    where the layers' parts lie on different devices.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return params, lambda cut: cut
+    nodes, tree = jax.tree.flatten(params, is_leaf=lambda node: hasattr(node, "over_layers"))
+    pieces = [node.over_layers() if hasattr(node, "over_layers") else (node, lambda cut: cut) for node in nodes]
+    cuts = [cut for cut, _ in pieces]
+    return cuts, lambda cuts: tree.unflatten([join(cut) for cut, (_, join) in zip(cuts, pieces)])
 
 
 class Decoder(nn.Module):
