@@ -110,7 +110,9 @@ def chat(
 def fits(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="mixtral-8x7b, qwen3-30b-a3b, deepseek-moe-16b, qwen1.5-moe-a2.7b (default all), or paths."),
+        typer.Argument(
+            help="mixtral-8x7b, qwen3-30b-a3b, deepseek-moe-16b, qwen1.5-moe-a2.7b (default all), or paths."
+        ),
     ] = None,
     gpu: Annotated[str, typer.Option(help="A preset of jaxlab plan: h100 has 80 GB, a100_40 has 40.")] = "h100",
     ratio: Annotated[

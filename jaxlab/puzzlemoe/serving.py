@@ -29,8 +29,8 @@ RATIOS = (0.0, 0.25, 0.5)
 CONTEXT_STEP = 128
 """`longest_context` counts positions in steps of so many."""
 
-# Only bytes are read here, so the kernels' code need not be optimised.
-_OPTIONS = {"xla_backend_optimization_level": 0}
+# Only bytes are read here, so the kernels' code need be neither optimised nor assembled.
+_BYTES_ONLY = {"options": {"xla_backend_optimization_level": 0}, "read_kernels": False}
 
 
 def hf_config(name: str) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def serving_plan(
     prompt: int | None = None,
     unmerged: str = "bf16",
     options: Mapping[str, Any] | None = None,
+    read_kernels: bool = True,
 ) -> "Plan":
     """What one step of serving a model holds on one GPU.
 
@@ -73,7 +74,8 @@ def serving_plan(
         context: positions of each row in the cache.
         prompt: tokens of each prompt that a prefill writes; None = `context`.
         unmerged: how experts without a partner are kept, as in `PuzzleConfig`.
-        options: further options of XLA's compiler.
+        options: as in `plan.compile`.
+        read_kernels: as in `plan.compile`.
 
     Returns:
         The plan; of its `bytes`, "parameters" are weights, words and the experts' addresses.
@@ -93,7 +95,9 @@ def serving_plan(
         )
     step, args = _step(_model(hf_config, ratio, unmerged), phase, batch, context, prompt)
     labels = ("parameters", "cache", *("input",) * (len(args) - 2))
-    return plan.compile(step, *args, target=target, labels=labels, donate_argnums=1, options=options)
+    return plan.compile(
+        step, *args, target=target, labels=labels, donate_argnums=1, options=options, read_kernels=read_kernels
+    )
 
 
 def _model(hf_config: Mapping[str, Any], ratio: float, unmerged: str) -> "Decoder":
@@ -174,23 +178,24 @@ def _largest(
     model = _model(hf_config, settings.get("ratio", 0.0), settings.get("unmerged", "bf16"))
     one = sizes(1)
     return search(
-        lambda n: serving_plan(hf_config, target, **sizes(n), **settings, options=_OPTIONS).bytes["total"],
+        lambda n: serving_plan(hf_config, target, **sizes(n), **settings, **_BYTES_ONLY).bytes["total"],
         limit=math.floor(target.memory_factor * target.memory_bytes),
         start=estimate_memory(hf_config, settings.get("ratio", 0.0)).total_bytes,
-        slope=kv_cache_bytes(model.config, one["batch"], one["context"]),
+        least=kv_cache_bytes(model.config, one["batch"], one["context"]),
     )
 
 
-def search(total: Callable[[int], int], *, limit: int, start: int, slope: float) -> int:
+def search(total: Callable[[int], int], *, limit: int, start: int, least: int) -> int:
     """The largest n >= 0 with `total(n) <= limit`, by few calls where `total` is nearly linear.
 
     Args:
         total: grows with n; called for what is returned (unless that is 0) and for the n above it.
         limit: what total(n) may be.
-        start: a lower bound of total(1), and the first guess of total(0).
-        slope: at least so much is one more, the first guess.
+        start: a lower bound of total(1).
+        least: a lower bound of total(n + 1) - total(n).
     """
-    low, low_total, least, high = 0, start, slope, math.inf
+    low, low_total, high = 0, start, math.inf
+    slope = 1.25 * least  # what comes with it, roughly: the first call should land below n, but not far
     while start <= limit and high - low > 1:
         guess = low + max(1, math.floor((limit - low_total) / slope))
         guess = guess if guess < high else int(high) - 1
@@ -279,7 +284,7 @@ def fit(
 
     hf, over = hf_config(model), target(gpu)
     how: dict[str, Any] = {"ratio": ratio, "phase": phase}
-    made = serving_plan(hf, over, **how, batch=batch, context=context, prompt=prompt, options=_OPTIONS)
+    made = serving_plan(hf, over, **how, batch=batch, context=context, prompt=prompt, **_BYTES_ONLY)
     searched = search_context is not None
     return Fit(
         model=model,

@@ -81,6 +81,7 @@ def compile(
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
     options: Mapping[str, Any] | None = None,
+    read_kernels: bool = True,
 ) -> Plan:
     """Compiles `fn` for `target` and reports bytes, collectives and kernels. Never executes.
 
@@ -94,6 +95,7 @@ def compile(
       donate_argnums: arguments whose memory outputs may reuse.
       static_argnums: arguments that are constants of the program.
       options: further options of XLA's compiler, by the names of its flags.
+      read_kernels: whether the plan lists kernels; assembling them takes longer than compiling a small program.
 
     Raises:
       ValueError: labels that are unknown or do not match the arguments, or a sharding outside `target.mesh`.
@@ -120,7 +122,7 @@ def compile(
     if constants >= 2**20:
         sizes["constants"] = constants
     sizes["total"] = sum(size for kind, size in sizes.items() if kind != "host")
-    kernels = ptx.kernels(modules, hlo_text.triton_kernels(text))
+    kernels = ptx.kernels(modules, hlo_text.triton_kernels(text)) if read_kernels else ()
     notes = [target.note] if target.note else []
     to_host = memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
     if to_host > 0:
