@@ -91,7 +91,7 @@ def serving_plan(
     prompt = context if prompt is None else prompt
     if min(batch, context, prompt) < 1 or prompt > context:
         raise ValueError(
-            f"batch, context and prompt must be at least 1, and prompt at most context, got {batch}, {context}, {prompt}"
+            f"batch, context and prompt must be at least 1 and prompt at most context, got {batch}, {context}, {prompt}"
         )
     step, args = _step(_model(hf_config, ratio, unmerged), phase, batch, context, prompt)
     labels = ("parameters", "cache", *("input",) * (len(args) - 2))
@@ -126,16 +126,18 @@ def _step(
     from jaxlab.models.decoder import KVCache
     from jaxlab.models.decoder.model import abstract_params
 
+    # As leaves: shapes in place of arrays are not what the structure's annotations say.
+    sampling, structure = jax.tree.flatten(SamplingArrays.stack([SamplingParams()] * batch))
+
     def decode(params, cache, ids, positions, keys, sampling):
-        return decode_step(model, params, cache, ids, positions, keys, sampling)
+        return decode_step(model, params, cache, ids, positions, keys, structure.unflatten(sampling))
 
     def fill(params, cache, tokens, positions, keys, sampling):
         logits, cache = prefill(model, params, cache, tokens, positions)
-        return *sample(logits, keys, sampling), cache
+        return *sample(logits, keys, structure.unflatten(sampling)), cache
 
     rows = jax.ShapeDtypeStruct((batch,) if phase == "decode" else (batch, prompt), jnp.int32)
     drawn = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    sampling = jax.eval_shape(lambda: SamplingArrays.stack([SamplingParams()] * batch))
     cache = jax.eval_shape(lambda: KVCache.create(model.config, batch, context))
     params = nn.meta.unbox(abstract_params(model))
     return decode if phase == "decode" else fill, (params, cache, rows, rows, drawn, sampling)

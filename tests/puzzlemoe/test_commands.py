@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from jaxlab.puzzlemoe import estimate_memory
 from jaxlab.puzzlemoe.commands import app
+from tests.aot import needs_aot
 from tests.models.checkpoints import golden, write
+from tests.puzzlemoe.test_serving import TINY
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +59,25 @@ def test_what_is_wrong_is_said_and_leaves_nothing(folders, tmp_path):
         assert isinstance(done.exception, error)
         assert message in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+@needs_aot
+def test_fits(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    done = run("fits", path, "--ratio", 0.5, "--phase", "decode", "--gpu", "a100_40", "--context", 256, "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output)
+    (outcome,) = told["fits"]
+    assert (told["gpu"], outcome["fits"], outcome["gpus"]) == ("a100_40", True, 1)
+    assert outcome["experts"] == estimate_memory(TINY, 0.5).expert_bytes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("gpt-2",), ("--gpu", "tpu"), ("--phase", "training"), ("--ratio", "0.7"), ("--context", "0")],
+)
+def test_wrong_fits_end_with_two(arguments):
+    done = run("fits", *arguments)
+    assert done.exit_code == 2
+    assert arguments[-1] in done.output
