@@ -41,9 +41,9 @@ def hf_config(name: str) -> dict[str, Any]:
     """
     from pathlib import Path
 
-    from jaxlab import recipes
+    from jaxlab.core import find_config
 
-    path = recipes.find_config(MODELS[name]) if name in MODELS else Path(name)
+    path = find_config(MODELS[name]) if name in MODELS else Path(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"model must be one of {', '.join(MODELS)}, or the path of a config.json, got {name!r}")
@@ -106,12 +106,13 @@ def _model(hf_config: Mapping[str, Any], ratio: float, unmerged: str) -> "Decode
 
     check_name("unmerged", unmerged, UNMERGED)
     config = DecoderConfig.from_hf(hf_config)
-    if config.moe is None:
+    spec = config.moe
+    if spec is None:
         raise ValueError(f"no MoE layers found in the configuration of a {config.model_type}")
     config = dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
     if not ratio:
         return Decoder(config)
-    return Decoder(config, mlp=PackedPolicy(num_pairs(config.moe.num_experts, ratio), unmerged))
+    return Decoder(config, mlp=PackedPolicy(num_pairs(spec.num_experts, ratio), unmerged))
 
 
 def _step(
@@ -171,7 +172,7 @@ def longest_context(hf_config: Mapping[str, Any], target: "Target", *, batch: in
 
 
 def _largest(
-    hf_config: Mapping[str, Any], target: "Target", sizes: Callable[[int], dict[str, int]], settings: dict[str, Any]
+    hf_config: Mapping[str, Any], target: "Target", sizes: Callable[[int], dict[str, Any]], settings: dict[str, Any]
 ) -> int:
     """The largest n whose plan fits while that of n + 1, which is compiled too, does not."""
     from jaxlab.models.cost import kv_cache_bytes
