@@ -68,6 +68,9 @@ def items() -> Iterator[Item]:
                 functools.partial(_stored, name, bits),
                 seeds=SEEDS,
             )
+        yield Item(
+            f"{name}, entropy", _ENTROPY, {"model": common["model"]}, functools.partial(_entropy, name), seeds=(0,)
+        )
     name = next(iter(MODELS))
     yield Item(
         f"{name}, pairs",
@@ -79,12 +82,13 @@ def items() -> Iterator[Item]:
 
 
 _METHODS = (
-    "Cross-entropy on held-out text (nats a byte) and rightly answered questions made of it (four choices, 200 of each "
-    "kind); methods that draw pairs or experts: mean and standard deviation over three seeds"
+    "Cross-entropy on held-out text (nats a byte) and rightly answered questions made of it (four choices, up to 200 "
+    "of each kind); methods that draw pairs or experts: mean and standard deviation over three seeds"
 )
 _TAU = "The threshold tau, all experts paired, mean of three pairings"
 _NORM = "How calibration statistics become norms, all experts paired, mean of three pairings"
 _BITS = "How the merged pairs are stored, all experts paired, mean of three pairings"
+_ENTROPY = "What packed words carry, bits of 16 a position: no code of single positions can store them in less"
 _PAIRS = "Sixteen random pairings, and pairs searched from each of three of them"
 
 
@@ -194,35 +198,27 @@ def _variant(name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stored(name: str, bits: int) -> dict[str, Any]:
-    from jaxlab.puzzlemoe import PuzzleConfig, quantize_moe, unpack_moe
+    from jaxlab.puzzlemoe import PuzzleConfig
 
     study = _study(name)
-    losses, size = [], 0
-    for seed in SEEDS:
-        model, params, report = study.packed(PuzzleConfig(seed=seed))
-        if bits != 16:
-            model, params = quantize_moe(model, params, bits=bits)
-        losses.append(study.loss(*unpack_moe(model, params)))
-        size = _expert_bytes(params)
-    weights = report.expert_bytes_before // 2
+    losses, sizes = zip(*(study.stored_loss(PuzzleConfig(seed=seed), bits) for seed in SEEDS))
     loss = float(np.mean(losses))
     return {
         "model": name,
         "bits a position": bits,
-        "bits a weight, scales included": 8 * size / weights,
+        "bits a weight": sizes[0],
         "loss": loss,
         "added": loss - study.full.loss,
     }
 
 
-def _expert_bytes(params: Any) -> int:
-    import dataclasses
+def _entropy(name: str) -> dict[str, Any]:
+    from jaxlab.puzzlemoe import PuzzleConfig, packed_entropy
 
-    import jax
-
-    blocks = [tree["mlp"] for name, tree in params.items() if name.startswith("blocks_")]
-    experts = [dataclasses.replace(mlp["experts"], slot_of=None, pos_of=None) for mlp in blocks if "experts" in mlp]
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(experts))
+    _, params, _ = _study(name).packed(PuzzleConfig())
+    experts = [tree["mlp"]["experts"] for key, tree in params.items() if key.startswith("blocks_")]
+    words = [np.asarray(getattr(one, matrix)).reshape(-1) for one in experts for matrix in ("gate", "up", "down")]
+    return {"model": name, **packed_entropy(np.concatenate(words))._asdict()}
 
 
 def _pairings(name: str) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from jaxlab import core
 
 if TYPE_CHECKING:
+    from jaxlab.core.plan import Plan, Target
     from jaxlab.puzzlemoe.study import Study
 
-__all__ = ["StudyConfig", "run"]
+__all__ = ["ServingConfig", "StudyConfig", "plan", "run"]
 
 _GB = 1e9
-_REAL = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,39 @@ class StudyConfig:
                 raise ValueError(f"{name}: expected a value >= {least}, got {getattr(self, name)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServingConfig:
+    """A model on one GPU.
+
+    Attributes:
+      model: one of `serving.MODELS`, or the path of a `config.json`.
+      ratio: fraction of the experts that is gone; 0: bfloat16 experts.
+      phase: "decode" or "prefill".
+      batch: rows.
+      context: positions of each row (paper: 1024 prompt tokens and 512 new ones).
+    """
+
+    model: str = "mixtral-8x7b"
+    ratio: float = 0.5
+    phase: str = "decode"
+    batch: int = 1
+    context: int = 1536
+
+
+def plan(config: ServingConfig, target: "Target") -> "Plan":
+    """Compiles a step of serving the model; nothing of it runs. See `serving.serving_plan`."""
+    from jaxlab.puzzlemoe.serving import hf_config, serving_plan
+
+    return serving_plan(
+        hf_config(config.model),
+        target,
+        ratio=config.ratio,
+        phase=config.phase,
+        batch=config.batch,
+        context=config.context,
+    )
+
+
 def run(config: StudyConfig) -> core.Report:
     """Compresses a trained mixture by every method; tells loss, answers, bytes on disk, and what became of the weights.
 
@@ -100,6 +133,10 @@ def _run(config: StudyConfig, folder: Path) -> core.Report:
     alike = _writes_the_same(config, study, folder / f"packed-{ratio:g}")
     quality = study.quality(*unpack_moe(model, params))
     curve = [(tau, *_at(study, config, ratio, tau)) for tau in config.taus]
+    forms = [
+        (f"{bits} bits a position", *study.stored_loss(PuzzleConfig(ratio=ratio, seed=config.seed), bits)[::-1])
+        for bits in (16, 8, 6)
+    ]
     losses = {(method, share): loss for method, share, loss, _ in rows}
     return core.Report(
         system="puzzlemoe",
@@ -133,6 +170,11 @@ def _run(config: StudyConfig, folder: Path) -> core.Report:
                 "Packed folders: routed experts, bytes",
                 ("experts that go", "bfloat16", "on disk", "share", "after loading"),
                 sizes,
+            ),
+            (
+                f"How the pairs are stored, {ratio:.0%} of the experts gone",
+                ("form", "bits a weight", "loss"),
+                forms,
             ),
             (
                 f"Threshold of similarity, {ratio:.0%} of the experts gone",
@@ -209,20 +251,14 @@ def _on_disk(folder: Path, ratio: float, model: Any, params: Any, report: Any) -
     """Saves the packed model; its routed experts in bytes, as bfloat16, in the files, and loaded again."""
     from jaxlab.models import load
     from jaxlab.puzzlemoe import load_packed, save_packed
+    from jaxlab.puzzlemoe.study import expert_bytes
 
     where = folder / f"packed-{ratio:g}"
     save_packed(where, model, params, report)
     with load.open_tensors(where) as tensors:
         stored = sum(tensors[name].nbytes for name in tensors if ".puzzlemoe." in name)
-    loaded = _expert_bytes(load_packed(where)[1])
+    loaded = expert_bytes(load_packed(where)[1])
     return f"{ratio:.0%}", report.expert_bytes_before, stored, stored / report.expert_bytes_before, loaded
-
-
-def _expert_bytes(params: Any) -> int:
-    import jax
-
-    blocks = (tree["mlp"] for name, tree in params.items() if name.startswith("blocks_"))
-    return sum(leaf.nbytes for mlp in blocks if "experts" in mlp for leaf in jax.tree.leaves(mlp["experts"]))
 
 
 def _writes_the_same(config: StudyConfig, study: "Study", packed: Path) -> bool:
@@ -272,8 +308,9 @@ def _histograms(config: StudyConfig, study: "Study", packed: Any) -> dict[str, A
 
 def _real_models() -> list[tuple[Any, ...]]:
     from jaxlab.puzzlemoe import estimate_memory
+    from jaxlab.puzzlemoe.serving import MODELS, hf_config
 
     return [
-        (name, *(estimate_memory(core.find_config(file), ratio).total_bytes / _GB for ratio in (0.0, 0.25, 0.5)))
-        for name, file in _REAL.items()
+        (name, *(estimate_memory(hf_config(name), ratio).total_bytes / _GB for ratio in (0.0, 0.25, 0.5)))
+        for name in MODELS
     ]

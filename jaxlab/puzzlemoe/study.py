@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxlab import core
@@ -15,7 +16,7 @@ from jaxlab.puzzlemoe.calibration import collect_expert_stats
 from jaxlab.puzzlemoe.cloze import KINDS, accuracy, make_questions
 from jaxlab.puzzlemoe.config import PuzzleConfig
 from jaxlab.puzzlemoe.statistics import ExpertStats
-from jaxlab.puzzlemoe.whole_model import CompressionReport, compress_moe, unpack_moe
+from jaxlab.puzzlemoe.whole_model import CompressionReport, compress_moe, quantize_moe, unpack_moe
 
 LABELS = {
     "puzzle": "PuzzleMoE",
@@ -126,6 +127,20 @@ class Study:
         """Loss of a packed model, run as an ordinary one with the decoded weights (the same program for all)."""
         model, params, report = self.packed(cfg)
         return self.loss(*unpack_moe(model, params)), report
+
+    def stored_loss(self, cfg: PuzzleConfig, bits: int) -> tuple[float, float]:
+        """Loss with 16, 8 or 6 bits a position of a pair, and bits a weight of an original expert, scales included."""
+        model, params, report = self.packed(cfg)
+        if bits != 16:
+            model, params = quantize_moe(model, params, bits=bits)
+        weights = report.expert_bytes_before // 2
+        return self.loss(*unpack_moe(model, params)), 8 * expert_bytes(params) / weights
+
+
+def expert_bytes(params: Any) -> int:
+    """Bytes of the packed experts of all layers, scales and addresses included."""
+    blocks = (tree["mlp"] for name, tree in params.items() if name.startswith("blocks_"))
+    return sum(leaf.nbytes for mlp in blocks if "experts" in mlp for leaf in jax.tree.leaves(mlp["experts"]))
 
 
 def by_method(

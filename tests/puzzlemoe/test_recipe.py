@@ -6,14 +6,15 @@ import math
 import pytest
 
 from jaxlab import core, tour
-from jaxlab.puzzlemoe.recipe import StudyConfig, run, training_config
+from jaxlab.core import plan as planning
+from jaxlab.puzzlemoe.recipe import ServingConfig, StudyConfig, plan, run, training_config
 
 TRAINING = (
-    "model.hidden_size=16",
+    "model.hidden_size=64",
     "model.num_hidden_layers=1",
     "model.num_attention_heads=2",
     "model.num_key_value_heads=2",
-    "model.moe={num_experts: 4, top_k: 2, ffn_size: 24, renormalise: true}",
+    "model.moe={num_experts: 4, top_k: 2, ffn_size: 64, renormalise: true}",
     "steps=3",
     "batch_size=4",
     "length=16",
@@ -73,6 +74,9 @@ def test_trains_compresses_and_runs_from_words(config, tmp_path):
     curve = {tau: rest for tau, *rest in _table(report, "Threshold")}
     assert curve[0.4][0] == losses["PuzzleMoE", "50%"]
     assert curve[0.0][2] > curve[0.4][2] > 0
+    forms = _table(report, "How the pairs")
+    assert [round(bits) for _, bits, _ in forms] == [8, 4, 3]
+    assert forms[0][2] == report.metrics["loss_packed"]
     assert {name for name, *_ in _table(report, "Questions")} == {"line", "name", "keyword"}
     report.save(tmp_path)
     assert len(list(tmp_path.glob("plot_*.png"))) == 5
@@ -104,6 +108,33 @@ def test_bad_configs(change, message):
 def test_what_is_no_training_config():
     with pytest.raises(ValueError, match=r"puzzlemoe/laptop\.yaml"):
         training_config("configs/puzzlemoe/laptop.yaml")
+
+
+def test_the_papers_config_is_planned(monkeypatch):
+    """With a toy model in Mixtral's place."""
+    from jaxlab.puzzlemoe import serving
+
+    hf = {
+        "model_type": "mixtral",
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    config = core.load_config(ServingConfig, core.find_config("configs/puzzlemoe/paper.yaml"))
+    assert (config.model, config.ratio, config.context) == ("mixtral-8x7b", 0.5, 1024 + 512)
+    assert serving.hf_config(config.model)["num_local_experts"] == 8
+    monkeypatch.setattr(serving, "hf_config", lambda name: hf)
+    sizes = [
+        plan(dataclasses.replace(config, ratio=ratio, context=128), planning.target("cpu")).bytes["parameters"]
+        for ratio in (0.0, 0.5)
+    ]
+    experts = 4 * 3 * 64 * 64 * 2
+    assert sizes[0] - sizes[1] == pytest.approx(experts / 2, abs=8 * 4)
 
 
 def test_the_laptops_config_is_the_tours():
