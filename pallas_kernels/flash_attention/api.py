@@ -7,10 +7,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
-from pallas_kernels.flash_attention import reference, xla
+from pallas_kernels.flash_attention import reference, triton, triton_backward, xla
 
-_FORWARD = {"reference": reference.forward, "xla": xla.forward}
-_BACKWARD = {"reference": reference.backward, "xla": xla.backward}
+_FORWARD = {
+    "reference": reference.forward,
+    "xla": xla.forward,
+    "triton": triton.forward,
+    "interpret": functools.partial(triton.forward, interpret=True),
+}
+_BACKWARD = {
+    "reference": reference.backward,
+    "xla": xla.backward,
+    "triton": triton_backward.backward,
+    "interpret": functools.partial(triton_backward.backward, interpret=True),
+}
 
 
 def flash_attention(
@@ -49,7 +59,7 @@ def flash_attention(
             For queries against a cache.
         window: positive, or None.
         scale: of the logits; None is D ** -0.5.
-        implementation: None, "reference" or "xla", or several in order.
+        implementation: None, "reference", "xla", "triton" or "interpret", or several in order.
 
     Returns:
         `[B,T,H,D]` in q's dtype.
