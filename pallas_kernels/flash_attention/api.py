@@ -80,6 +80,8 @@ def flash_attention(
     ids = tuple(None if x is None else next(present) for x in ids)
     if not isinstance(implementation, str | None):
         implementation = tuple(implementation)
+    if q.size == 0 or k.size == 0:
+        return jnp.zeros_like(q)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return _attention((implementation, causal, window, scale), q, k, v, ids)
 

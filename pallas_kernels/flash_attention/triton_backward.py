@@ -1,8 +1,8 @@
 """The backward pass of attention as Pallas kernels on the Triton backend (NVIDIA, AMD).
 
 Both recompute the weights tile by tile from the log-sum-exp. The first walks as the forward pass does and gives dq, and
-for the other the product of output and cotangent of each row; the second takes a tile of keys over the rows that see
-it, those of all heads of the group, and gives dk and dv. Every sum is taken in one program in a fixed order: no atomics.
+for the other the product of output and cotangent of a row; the second takes a tile of keys over the rows that see
+it, those of all heads of the group, and gives dk and dv. One program takes a whole sum, in a fixed order: no atomics.
 """
 
 import functools
@@ -154,17 +154,17 @@ def _keys_kernel(
 # By bytes of an element and head size; what the compiler makes of them is in docs/kernels.md.
 _ROWS_TILES = {
     (2, 64): Tiles(128, 64, warps=8, stages=2),
-    (2, 128): Tiles(128, 64, warps=8, stages=2),
+    (2, 128): Tiles(128, 32, warps=8, stages=2),
     (2, 256): Tiles(64, 32, warps=8, stages=2),
     (4, 64): Tiles(64, 32, warps=4, stages=2),
-    (4, 128): Tiles(32, 32, warps=4, stages=2),
-    (4, 256): Tiles(32, 16, warps=4, stages=2),
+    (4, 128): Tiles(32, 32, warps=8, stages=2),
+    (4, 256): Tiles(32, 16, warps=8, stages=1),
 }
 _KEYS_TILES = {
     (2, 64): Tiles(64, 128, warps=8, stages=2),
-    (2, 128): Tiles(64, 128, warps=8, stages=2),
-    (2, 256): Tiles(32, 64, warps=8, stages=2),
-    (4, 64): Tiles(32, 64, warps=4, stages=2),
-    (4, 128): Tiles(32, 32, warps=4, stages=2),
-    (4, 256): Tiles(16, 32, warps=4, stages=2),
+    (2, 128): Tiles(32, 128, warps=8, stages=2),
+    (2, 256): Tiles(16, 64, warps=8, stages=2),
+    (4, 64): Tiles(32, 32, warps=4, stages=2),
+    (4, 128): Tiles(32, 32, warps=8, stages=2),
+    (4, 256): Tiles(16, 32, warps=8, stages=1),
 }

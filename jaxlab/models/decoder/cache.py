@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from jaxlab.layers.sharding import split_attention
 from jaxlab.models.decoder.config import DecoderConfig
 from pallas_kernels.flash_attention import flash_attention
 
@@ -142,5 +143,8 @@ def _attend_few(q: Array, keys: Array, values: Array, positions: Array, scale: f
 
 def _attend_many(q: Array, keys: Array, values: Array, positions: Array, scale: float, window: int | None) -> Array:
     """A prompt or a piece of one: no logits over the whole cache."""
-    keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-    return flash_attention(q, keys, values, q_positions=positions, scale=scale, window=window)
+
+    def whole(q, keys, values, positions):
+        return flash_attention(q, keys, values, q_positions=positions, scale=scale, window=window)
+
+    return split_attention(whole, q, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3), positions)

@@ -11,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxlab.layers import Linear, RMSNorm, SelfAttention, rope_frequencies, rope_tables
-from jaxlab.layers.sharding import constrain, named
+from jaxlab.layers.sharding import constrain, named, split_attention
 from jaxlab.models.decoder.cache import Cache
 from jaxlab.models.decoder.config import DecoderConfig, LayerRun
 from jaxlab.models.decoder.mlp import default_mlp, out_init_scale
@@ -337,8 +337,11 @@ class Decoder(nn.Module):
             if self.attention is not None:
                 out = self.attention(q, k, v, positions=positions, segment_ids=segment_ids, scale=scale, window=window)
             else:
-                out = flash_attention(q, k, v, segment_ids=segment_ids, scale=scale, window=window)
+                out = split_attention(whole, q, k, v, segment_ids)
             return out, None
+
+        def whole(q, k, v, segment_ids):
+            return flash_attention(q, k, v, segment_ids=segment_ids, scale=scale, window=window)
 
         return attend
 
