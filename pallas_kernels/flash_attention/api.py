@@ -46,7 +46,8 @@ def flash_attention(
     - segments: both ids are equal and not 0 (0 is padding).
 
     A query that sees no key gives zeros and takes no gradient. The backward pass recomputes the weights from the
-    output and one log-sum-exp a row (FlashAttention-2, Dao, 2023, arXiv:2307.08691).
+    output and one log-sum-exp a row (FlashAttention-2, Dao, 2023, arXiv:2307.08691). Usable under `jit`, `vmap`,
+    `jax.checkpoint` and `shard_map`; arrays that lie over a mesh need a `shard_map`, as XLA cannot divide a kernel.
 
     Args:
         q: queries `[B,T,H,D]`.

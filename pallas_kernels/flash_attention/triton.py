@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import output_like
 from pallas_kernels.flash_attention.triton_tiles import (
     LOG2_E,
-    Ids,
     Problem,
     Tiles,
     check,
@@ -27,6 +26,7 @@ from pallas_kernels.flash_attention.triton_tiles import (
     upright,
     walk,
 )
+from pallas_kernels.flash_attention.xla import Ids
 
 _HIDDEN = -1e30  # largest logit of a row that saw none yet: finite, so that no difference of infinities is taken
 

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import output_like
 from pallas_kernels.flash_attention.triton_tiles import (
     LOG2_E,
-    Ids,
     Problem,
     Tiles,
     check,
@@ -27,6 +26,7 @@ from pallas_kernels.flash_attention.triton_tiles import (
     upright,
     walk,
 )
+from pallas_kernels.flash_attention.xla import Ids
 
 
 def backward(

@@ -9,6 +9,7 @@ Letters: B batch, T queries, S keys, H and Hkv heads, G = H / Hkv, D head size, 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int
 
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-MAX_DIM = 256  # of a head: accumulators are kept whole in registers
-LOG2_E = 1.4426950408889634
+from pallas_kernels.flash_attention.xla import Ids
+
+LOG2_E = math.log2(math.e)
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_MAX_DIM = 256  # of a head: accumulators are kept whole in registers
 
 Step = tuple[Array, Array, bool]
 """First tile, last + 1, and whether some of them are seen in part only: they need a mask."""
-Ids = tuple[Int[Array, "b t"] | None, Int[Array, "b s"] | None, Int[Array, "b t"] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +95,6 @@ class Problem:
             rows=min(tiles.rows, max(16, _power_of_two(queries * group))),
             columns=min(tiles.columns, max(16, _power_of_two(keys))),
         )
-        if window is not None:
-            window = min(window, queries + keys)  # sums with it stay within 32 bits
         return cls(batch, queries, keys, kv_heads, group, dim, causal, window, scale, tiles)
 
     @property
@@ -195,8 +195,9 @@ class Problem:
             low = first * group // rows
             full_low = (last * group + (rows - 1)) // rows
         if self.window is not None:
-            high = jnp.minimum(((last + self.window) * group + (rows - 1)) // rows, high)
-            full_high = jnp.minimum((first + self.window) * group // rows, full_high)
+            window = min(self.window, self.queries)  # no more can matter, and the products stay within 32 bits
+            high = jnp.minimum(((last + window) * group + (rows - 1)) // rows, high)
+            full_high = jnp.minimum((first + window) * group // rows, full_high)
         return _steps((low, full_low, full_high, high), self.causal, self.window is not None)
 
     def load_row_ids(self, ids: Any, batch: Array, rows: Rows) -> tuple[Array, Array | None]:
@@ -316,10 +317,10 @@ def store(ref: Any, where: tuple[Any, ...], value: Array, *masks: Array | None) 
 
 def check(interpret: bool, q: Array) -> None:
     """Refuses what the kernels cannot do."""
-    if q.dtype not in DTYPES:
+    if q.dtype not in _DTYPES:
         raise NotImplementedError(f"the Triton kernels take bfloat16, float16 and float32, got {q.dtype}")
-    if q.shape[-1] > MAX_DIM:
-        raise NotImplementedError(f"the Triton kernels take heads of up to {MAX_DIM}, got {q.shape[-1]}")
+    if q.shape[-1] > _MAX_DIM:
+        raise NotImplementedError(f"the Triton kernels take heads of up to {_MAX_DIM}, got {q.shape[-1]}")
     if interpret and jax.typeof(q).manual_axis_type.varying:
         raise NotImplementedError("JAX interprets kernels under shard_map only with check_vma=False")
 
