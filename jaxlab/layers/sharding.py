@@ -1,5 +1,6 @@
 """Logical axis names: of parameters, and of activations under whatever mesh is in force."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -45,10 +46,10 @@ def split_attention(
     v: Float[Array, "b s hkv dim"],
     *by_row: Array | None,
 ) -> Float[Array, "b t h dim"]:
-    """`attend(q, k, v, *by_row)`, each device of the mesh of `jax.set_mesh` on its own rows and heads.
+    """`attend(q, k, v, *by_row)`; on a GPU each device of the mesh in force takes its own rows and heads.
 
-    XLA cannot divide a kernel, and would gather the batch on every device. Key and value heads too few for the devices
-    are repeated. Without a mesh, or inside `shard_map`, a plain call.
+    XLA cannot divide a kernel there, and would gather the batch on every device. Elsewhere `attend` is XLA's own to
+    divide.
 
     Args:
         attend: attention of grouped heads; what it gives for a row and a head needs that row and head only.
@@ -56,6 +57,15 @@ def split_attention(
         k: keys.
         v: values.
         *by_row: arrays with a leading batch axis, or None.
+    """
+    own = functools.partial(own_rows_and_heads, attend)
+    return jax.lax.platform_dependent(q, k, v, *by_row, default=attend, cuda=own, rocm=own)
+
+
+def own_rows_and_heads(attend: Callable[..., Array], q: Array, k: Array, v: Array, *by_row: Array | None) -> Array:
+    """`split_attention` on every platform: `attend` in a `shard_map` over the mesh of `jax.set_mesh`.
+
+    Key and value heads too few for the devices are repeated. Without a mesh, or inside `shard_map`, a plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):

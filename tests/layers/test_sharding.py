@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab.core import make_mesh
-from jaxlab.layers.sharding import split_attention
+from jaxlab.layers.sharding import own_rows_and_heads
 from pallas_kernels.flash_attention import flash_attention
 
 
@@ -36,7 +36,7 @@ def test_own_rows_and_heads(axes, kv_heads, spec):
     lies = NamedSharding(mesh, PartitionSpec(*spec))
     with jax.set_mesh(mesh):
         args = [jax.device_put(x, lies if x.shape[2] % axes.get("tensor", 1) == 0 else None) for x in (q, k, v)]
-        program = _loss(lambda q, k, v, ids: split_attention(_attend, q, k, v, ids)).lower(*args, ids=ids).compile()
+        program = _loss(lambda q, k, v, ids: own_rows_and_heads(_attend, q, k, v, ids)).lower(*args, ids=ids).compile()
         got = program(*args, ids=ids)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
     assert kv_heads % axes.get("tensor", 1) or "all-gather" not in program.as_text()
@@ -51,11 +51,11 @@ def test_a_plain_call_without_a_mesh_and_inside_shard_map():
         return q
 
     q = jnp.ones((2, 3, 2, 4))
-    split_attention(attend, q, q, q, None)
+    own_rows_and_heads(attend, q, q, q, None)
     with jax.set_mesh(make_mesh({"data": 2}, jax.devices()[:2])):
-        jax.jit(lambda q: split_attention(attend, q, q, q, None))(q)
+        jax.jit(lambda q: own_rows_and_heads(attend, q, q, q, None))(q)
         split = jax.shard_map(
-            lambda q: split_attention(attend, q, q, q, None),
+            lambda q: own_rows_and_heads(attend, q, q, q, None),
             in_specs=PartitionSpec("data"),
             out_specs=PartitionSpec("data"),
         )
@@ -72,6 +72,6 @@ def test_heads_over_a_sequence_axis():
         return q
 
     with jax.set_mesh(make_mesh({"tensor": 2, "sequence": 2}, jax.devices()[:4])):
-        jax.jit(lambda q, k: split_attention(attend, q, k, k)).lower(jnp.ones((1, 8, 8, 4)), jnp.ones((1, 8, 2, 4)))
-        jax.jit(lambda q, k: split_attention(attend, q, k, k)).lower(jnp.ones((1, 8, 6, 4)), jnp.ones((1, 8, 2, 4)))
+        jax.jit(lambda q, k: own_rows_and_heads(attend, q, k, k)).lower(jnp.ones((1, 8, 8, 4)), jnp.ones((1, 8, 2, 4)))
+        jax.jit(lambda q, k: own_rows_and_heads(attend, q, k, k)).lower(jnp.ones((1, 8, 6, 4)), jnp.ones((1, 8, 2, 4)))
     assert seen == [((1, 8, 2, 4), (1, 8, 1, 4)), ((1, 8, 3, 4), (1, 8, 1, 4))]
