@@ -24,7 +24,10 @@ def test_to_the_host_and_back():
     place = NamedSharding(mesh, PartitionSpec("fsdp"))
     assert host_sharding(place) == NamedSharding(mesh, PartitionSpec("fsdp"), memory_kind="pinned_host")
     assert host_sharding(SingleDeviceSharding(jax.devices()[0])).memory_kind == "pinned_host"
-    tree = {"a": jax.device_put(np.arange(16.0), place), "b": jax.device_put(np.float32(3), NamedSharding(mesh, PartitionSpec()))}
+    tree = {
+        "a": jax.device_put(np.arange(16.0), place),
+        "b": jax.device_put(np.float32(3), NamedSharding(mesh, PartitionSpec())),
+    }
     there = offload_tree(tree)
     assert kinds(there) == {"pinned_host"}
     assert there["a"].sharding.spec == PartitionSpec("fsdp")
