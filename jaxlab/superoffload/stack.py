@@ -5,6 +5,7 @@ gradient is therefore written by hand: the forward pass keeps the inputs of the 
 fetches the layers a second time, in reverse, again one ahead, and recomputes each block.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,23 @@ BLOCK_INPUT = "block_input"
 """The `checkpoint_name` of what a block is given."""
 
 Apply = Callable[..., Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadedScan:
+    """What repeats a layer whose stacked weights may lie on the host: `Decoder(config, repeat=OffloadedScan())`.
+
+    The weights of the layer after the one at work are on their way. Gradients come back to where the weights lie.
+
+    Attributes:
+        offload_inputs: the layers' inputs wait for the backward pass in host memory.
+    """
+
+    offload_inputs: bool = False
+
+    def __call__(self, apply: Apply, weights: Any, x: Array, *shared: Any) -> Array:
+        """Applies `apply(layer's weights, x, *shared) -> x` for every layer of the stacked weights."""
+        return _run(apply, self.offload_inputs, weights, x, shared)
 
 
 class OffloadedStack(nn.Module):
@@ -75,12 +93,11 @@ class OffloadedStack(nn.Module):
         def apply(layer: Any, x: Array, *shared: Any) -> Any:
             return block.apply({"params": layer}, x, *shared)
 
-        if not self.is_initializing():
-            layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
-            out = jax.eval_shape(apply, layer, x, *shared)
-            if (getattr(out, "shape", None), getattr(out, "dtype", None)) != (x.shape, x.dtype):
-                raise ValueError(f"block: expected a result of shape {x.shape} and dtype {x.dtype} like x, got {out}")
-        return _run(apply, self.offload_inputs, weights, x, shared)
+        layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
+        out = jax.eval_shape(apply, layer, x, *shared)
+        if (getattr(out, "shape", None), getattr(out, "dtype", None)) != (x.shape, x.dtype):
+            raise ValueError(f"block: expected a result of shape {x.shape} and dtype {x.dtype} like x, got {out}")
+        return OffloadedScan(self.offload_inputs)(apply, weights, x, *shared)
 
 
 def _layer(weights: Any, index: Array | int) -> Any:

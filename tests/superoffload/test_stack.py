@@ -10,8 +10,10 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab.core import plan
+from jaxlab.models.decoder import Decoder, DecoderConfig, MoESpec, abstract_params
 from jaxlab.superoffload.placement import offload_tree, remat_offload_policy
-from jaxlab.superoffload.stack import BLOCK_INPUT, OffloadedStack
+from jaxlab.superoffload.stack import BLOCK_INPUT, OffloadedScan, OffloadedStack
+from pallas_kernels.flash_attention import flash_attention
 from tests.aot import needs_aot
 
 WIDTH, LAYERS, MIB = 16, 5, 2**20
@@ -72,6 +74,65 @@ def test_one_layer_and_names():
     # A policy from outside finds the blocks' inputs by their name.
     saved = jax.checkpoint(lambda p: stack.apply(p, x).sum(), policy=remat_offload_policy([BLOCK_INPUT]))
     assert f"f32<host>[1,2,{WIDTH}]" in str(jax.make_jaxpr(jax.grad(saved))(params))
+
+
+@pytest.mark.parametrize("offload_inputs", [False, True])
+def test_a_decoder_on_weights_in_host_memory(offload_inputs):
+    """Packed rows; layers on the host, embedding and head on the device: the bits of the decoder that recomputes."""
+    config = DecoderConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, remat="block",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 32, (2, 9)).astype(np.int32)
+    segments = np.sort(rng.integers(0, 3, (2, 9)), axis=1).astype(np.int32)
+
+    def run(model, params):
+        def loss(params, tokens, segments):
+            return jnp.mean(model.apply({"params": params}, tokens, segment_ids=segments).logits ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(params, tokens, segments)
+
+    def attention(q, k, v, *, positions, **where):
+        return flash_attention(q, k, v, **where, implementation="reference")
+
+    names = nn.meta.unbox(abstract_params(Decoder(config)))
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), names)
+    there = {**params, "blocks_0": offload_tree(params["blocks_0"])}
+    model = Decoder(config, attention=attention, repeat=OffloadedScan(offload_inputs))
+    value, gradients = run(model, there)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(gradients["blocks_0"])} == {"pinned_host"}
+    expected = run(Decoder(config, attention=attention), params)
+    jax.tree.map(np.testing.assert_array_equal, (value, gradients), expected)
+
+
+def test_a_decoder_with_experts_cannot(unchecked):
+    config = DecoderConfig(32, 16, 24, 1, 2, 1, moe=MoESpec(2, 1, 8))
+    model = Decoder(config, repeat=OffloadedScan())
+    params = nn.meta.unbox(abstract_params(model))
+    with pytest.raises(NotImplementedError, match="repeat: layers with experts report about themselves"):
+        jax.eval_shape(model.apply, {"params": params}, np.zeros((1, 2), np.int32))
+
+
+def test_bad_inputs(unchecked):
+    class Widens(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jnp.concatenate([nn.Dense(x.shape[-1])(x)] * 2, -1)
+
+    class Counts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.variable("seen", "count", jnp.zeros, ())
+            return nn.Dense(x.shape[-1])(x)
+
+    x = np.ones((2, WIDTH), np.float32)
+    with pytest.raises(ValueError, match="n_layers: expected at least 1, got 0"):
+        OffloadedStack(Block(), 0).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"block: expected a result of shape \(2, 16\) and dtype float32 like x, got"):
+        OffloadedStack(Widens(), 2).init(jax.random.key(0), x)
+    with pytest.raises(NotImplementedError, match="block: expected parameters only, got the collections params, seen"):
+        OffloadedStack(Counts(), 2).init(jax.random.key(0), x)
 
 
 def gh200_bytes(over, layers, *, offload_inputs=False, width=1024, rows=256):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from jaxlab.core import make_mesh
-from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
+from jaxlab.models.decoder import Decoder, DecoderConfig, abstract_params
 from jaxlab.superoffload.ulysses import UlyssesAttention, gather_heads, scatter_heads, ulysses_attention
 from pallas_kernels.flash_attention import flash_attention
 from tests.oracles import attention as oracle
@@ -87,7 +88,8 @@ def one_device():
         return flash_attention(q, k, v, **where, implementation="reference")
 
     model = Decoder(CONFIG, attention=attention)
-    params = init_params(model, jax.random.key(0))
+    shapes = nn.meta.unbox(abstract_params(model))
+    params = jax.tree.map(lambda leaf: (0.3 * RNG.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
     step = jax.jit(jax.value_and_grad(functools.partial(loss, model=model), has_aux=True))
     return params, step(params, TOKENS, SEGMENTS, POSITIONS)
 

@@ -99,11 +99,13 @@ class Stack(nn.Module):
         config: of the decoder.
         run: the layers.
         make_mlp: the MLP protocol.
+        repeat: of `Decoder`.
     """
 
     config: DecoderConfig
     run: LayerRun
     make_mlp: Callable[[DecoderConfig, bool], nn.Module]
+    repeat: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(
@@ -138,6 +140,8 @@ class Stack(nn.Module):
                 cache,
                 None,
             )  # the parameters are all that is wanted; experts may lie on axes that are not bound yet
+        if self.repeat is not None and cache is None:
+            return self._repeated(self.repeat, block, params, x, cos, sin, attend, train), None, None
         separate = "layer_0" in params  # one tree a layer, made by `inference.decode_params`
         rng = self.make_rng("mlp") if self.has_rng("mlp") else None
 
@@ -170,6 +174,18 @@ class Stack(nn.Module):
             (x, cache), aux = layer_step((x, cache), (layer_params, self.run.start + index))
             reports.append(aux)
         return x, cache, jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
+
+    def _repeated(self, repeat, block, params, x, cos, sin, attend, train):
+        if self.run.sparse:
+            raise NotImplementedError("repeat: layers with experts report about themselves, which only a scan collects")
+
+        def apply(layer_params, x, cos, sin):
+            out: Any = block.apply(
+                {"params": layer_params}, x, cos, sin, lambda *qkv: attend(None, 0, *qkv), train=train
+            )
+            return out[0]
+
+        return repeat(apply, params, x, cos, sin)
 
     def _parameters(self, block: Block, layers: int, x: Array, cos: Array, sin: Array) -> Any:
         if self.is_initializing():
@@ -212,11 +228,14 @@ class Decoder(nn.Module):
         mlp: makes the MLP of a layer, see `default_mlp`.
         attention: replaces the attention used without a cache:
             `attention(q, k, v, *, positions, segment_ids, scale, window) -> out`.
+        repeat: runs equal dense layers in place of a scan, without a cache: `repeat(apply, params, x, *shared) -> x`,
+            where params are stacked, and apply(params of one layer, x, *shared) is the layer.
     """
 
     config: DecoderConfig
     mlp: Callable[[DecoderConfig, bool], nn.Module] = default_mlp
     attention: Callable[..., Array] | None = None
+    repeat: Callable[..., Array] | None = None
 
     def setup(self):
         """Makes the submodules."""
@@ -228,7 +247,7 @@ class Decoder(nn.Module):
             param_dtype=jnp.dtype(config.param_dtype),
             embedding_init=named(nn.initializers.normal(0.02), ("vocab", "embed")),
         )
-        self.blocks = [Stack(config, run, self.mlp) for run in config.layer_runs()]
+        self.blocks = [Stack(config, run, self.mlp, self.repeat) for run in config.layer_runs()]
         self.final_norm = RMSNorm(config.rms_norm_eps, "embed", config.param_dtype)
         self.head = Linear(
             (config.vocab_size,),
