@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -115,34 +115,42 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def _sharded_cross_entropy(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`cross_entropy` in as many chunks as its logits need, each device of the mesh in force on its own rows.
+    """`cross_entropy` in as many chunks as its logits need, each device of the mesh in force on its own tokens.
 
     Left to itself XLA would gather the head, and reduce its gradient, once a chunk instead of once.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types)
-        if axis in BATCH_AXES and kind == AxisType.Auto and mesh.shape[axis] > 1
-    )
-    shards = math.prod(mesh.shape[axis] for axis in axes)
+    rows = _auto_axes(mesh, BATCH_AXES, targets.shape[0])
+    columns = _auto_axes(mesh, ("sequence",), targets.shape[1])
+    length = targets.shape[1] // math.prod(mesh.shape[axis] for axis in columns)
+    tokens = length * targets.shape[0] // math.prod(mesh.shape[axis] for axis in rows)
     vocabulary_shards = 1 if mesh.empty else mesh.shape.get("tensor", 1)
-    chunks = _chunks(targets.size // shards, targets.shape[1], -(-head.shape[1] // vocabulary_shards))
-    if not axes or targets.shape[0] % shards:
+    chunks = _chunks(tokens, length, -(-head.shape[1] // vocabulary_shards))
+    if not rows + columns:
         return cross_entropy(hidden, head, targets, weights, chunks)
 
     def local(hidden, head, targets, weights):
         return jax.tree.map(lambda x: x[None], cross_entropy(hidden, head, targets, weights, chunks))
 
-    rows = PartitionSpec(axes)
+    place = PartitionSpec(rows, columns)
     sums = jax.shard_map(
         local,
-        in_specs=(rows, PartitionSpec(), rows, rows),
-        out_specs=(rows, rows),
-        axis_names=set(axes),
+        in_specs=(place, PartitionSpec(), place, place),
+        out_specs=(PartitionSpec(rows + columns),) * 2,
+        axis_names=set(rows + columns),
         check_vma=False,
     )(hidden, head, targets, weights)
     return jnp.sum(sums[0]), jnp.sum(sums[1])
+
+
+def _auto_axes(mesh: Any, names: Sequence[str], size: int) -> tuple[str, ...]:
+    """The named axes of a mesh over which XLA itself lays arrays out; none if together they do not divide `size`."""
+    axes = tuple(
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types)
+        if axis in names and kind == AxisType.Auto and mesh.shape[axis] > 1
+    )
+    return () if size % math.prod(mesh.shape[axis] for axis in axes) else axes
 
 
 def _chunks(tokens: int, length: int, vocab: int) -> int:
