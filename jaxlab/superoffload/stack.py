@@ -3,6 +3,10 @@
 Differentiating a scan that carries the layer fetched ahead would keep every carried layer for the backward pass. The
 gradient is therefore written by hand: the forward pass keeps the inputs of the blocks only, and the backward pass
 fetches the layers a second time, in reverse, again one ahead, and recomputes each block.
+
+On a GPU a fetch is an asynchronous copy. XLA keeps two of them in flight and lets the others of a layer wait, unless
+told otherwise: `XLA_FLAGS=--xla_gpu_experimental_parallel_async_compute_limit=16` puts all of a layer's behind the
+matrix products of the forward loop (read from the scheduled program; its backward loop still fetches after them).
 """
 
 import dataclasses
