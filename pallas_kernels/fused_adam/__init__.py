@@ -8,7 +8,24 @@
 (0.75, 1.0, dtype(bfloat16))
 """
 
-from pallas_kernels.fused_adam.api import fused_adam
-from pallas_kernels.fused_adam.coefficients import MODES, Coefficients, check_hyper, coefficients
+from pallas_kernels.fused_adam.api import check_arrays, check_emit, fused_adam
+from pallas_kernels.fused_adam.coefficients import (
+    MODES,
+    Coefficients,
+    check_hyper,
+    coefficients,
+    rounded,
+    runtime_zero,
+)
 
-__all__ = ["MODES", "Coefficients", "check_hyper", "coefficients", "fused_adam"]
+__all__ = [
+    "MODES",
+    "Coefficients",
+    "check_arrays",
+    "check_emit",
+    "check_hyper",
+    "coefficients",
+    "fused_adam",
+    "rounded",
+    "runtime_zero",
+]

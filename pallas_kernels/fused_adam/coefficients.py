@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -77,10 +78,12 @@ def check_hyper(**values: Any) -> None:
     """Checks what is known of the hyper-parameters; traced values, and None, pass.
 
     Raises:
-      ValueError: a beta outside [0, 1), `eps` not positive, a negative `lr`, `weight_decay` or `count`, an unknown mode.
+      ValueError: a beta outside [0, 1), `eps` not positive, a negative `lr`, `weight_decay` or `count`, another mode.
       NotImplementedError: mode "amsgrad".
     """
     for name, value in values.items():
+        if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+            value = np.asarray(value)  # a comparison by JAX would be traced where something else is
         if name == "mode":
             if value == "amsgrad":
                 raise NotImplementedError("mode: 'amsgrad' is not implemented; expected one of: 'adamw', 'adam'")

@@ -34,7 +34,7 @@ def stats(g: Float[Array, " n"], *, interpret: bool = False) -> tuple[Float[Arra
 def _strips(
     g: Array, odd: Array | None = None, *, programs: int, interpret: bool
 ) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    """Partial sums of the squares and counts of elements that are not finite; of partial sums and counts, their sums."""
+    """Partial sums of squares and counts of elements that are not finite; of such sums and counts, their sums."""
     n = g.shape[0]
     given = (g,) if odd is None else (g, odd)
     return pl.pallas_call(

@@ -1,4 +1,4 @@
-"""The statistics in plain XLA: sums of blocks, then the sum of those; a look at each element only where they are odd."""
+"""The statistics in plain XLA: sums of blocks, then the sum of those; elements are looked at only where it is odd."""
 
 import jax.numpy as jnp
 from jax import lax
