@@ -81,7 +81,7 @@ def make_buckets(
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = tuple(jax.tree_util.keystr(path) for path, _ in named)
     shapes = tuple(tuple(jnp.shape(leaf)) for _, leaf in named)
-    dtypes = tuple(jnp.dtype(jnp.result_type(leaf)) for _, leaf in named)
+    dtypes = tuple(jnp.dtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf)) for _, leaf in named)
     trained = _trained(trainable, params)
     for path, dtype, is_trained in zip(paths, dtypes, trained):
         if is_trained and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= _ITEM):
@@ -103,7 +103,7 @@ def make_buckets(
     return BucketSpec(sizes, groups, numel, tuple(leaves), shapes, dtypes, paths, treedef)
 
 
-def flatten(tree: PyTree, spec: BucketSpec) -> tuple[Float[Array, " n"], ...]:
+def flatten(tree: PyTree, spec: BucketSpec) -> tuple[Float[Array, " _"], ...]:
     """The trainable leaves of a tree (parameters, gradients) as float32 buckets; padding is zero.
 
     Raises:
@@ -121,7 +121,7 @@ def flatten(tree: PyTree, spec: BucketSpec) -> tuple[Float[Array, " n"], ...]:
     return tuple(buckets)
 
 
-def unflatten(buckets: Sequence[Float[Array, " n"]], spec: BucketSpec, like: PyTree | None = None) -> PyTree:
+def unflatten(buckets: Sequence[Float[Array, " _"]], spec: BucketSpec, like: PyTree | None = None) -> PyTree:
     """The tree of which these are the buckets: leaves have the shapes and dtypes of the tree the spec was made of.
 
     Args:

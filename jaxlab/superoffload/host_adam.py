@@ -1,5 +1,6 @@
 """AdamW on flat buckets in host memory: one step by three backends, and the same as Optax transformations."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -20,36 +21,32 @@ BACKENDS = ("auto", "xla", "ffi", "pallas")
 
 
 @jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
 class AdamHyper:
     """Hyper-parameters of AdamW, or of Adam with L2 decay; a pytree, so that numbers are traced and never compiled in.
 
-    Args:
+    Attributes:
       lr: learning rate, or a schedule: steps made -> learning rate.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator, positive.
       weight_decay: decoupled ("adamw") or added to the gradient ("adam").
-      mode: "adamw" or "adam".
+      mode: "adamw" or "adam"; "amsgrad" is a NotImplementedError.
       bias_correction: whether moments are divided by 1 - b^t.
-
-    Raises:
-      ValueError: a value out of range.
-      NotImplementedError: mode "amsgrad".
     """
 
-    def __init__(
-        self,
-        lr: Any,
-        b1: Any = 0.9,
-        b2: Any = 0.999,
-        eps: Any = 1e-8,
-        weight_decay: Any = 0.0,
-        mode: str = "adamw",
-        bias_correction: bool = True,
-    ):
-        check_hyper(lr=None if callable(lr) else lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mode=mode)
-        self.lr, self.b1, self.b2, self.eps, self.weight_decay = lr, b1, b2, eps, weight_decay
-        self.mode, self.bias_correction = mode, bias_correction
+    lr: Any
+    b1: Any = 0.9
+    b2: Any = 0.999
+    eps: Any = 1e-8
+    weight_decay: Any = 0.0
+    mode: str = "adamw"
+    bias_correction: bool = True
+
+    def __post_init__(self):
+        values = vars(self) | {"lr": None if callable(self.lr) else self.lr}
+        del values["bias_correction"]
+        check_hyper(**values)
 
     def at(self, count: Any) -> dict[str, Any]:
         """The keywords of a step after `count` steps, for `fused_adamw`; the schedule is evaluated."""
@@ -64,21 +61,11 @@ class AdamHyper:
     @classmethod
     def tree_unflatten(cls, structure: tuple[Any, ...], leaves: tuple[Any, ...]) -> "AdamHyper":
         """Puts them together again, unchecked: leaves may be anything while JAX handles the tree."""
-        schedule, mode, bias_correction = structure
+        schedule, *switches = structure
         made = object.__new__(cls)
-        made.lr, made.b1, made.b2, made.eps, made.weight_decay = leaves
-        made.lr = made.lr if schedule is None else schedule
-        made.mode, made.bias_correction = mode, bias_correction
+        values = (leaves[0] if schedule is None else schedule, *leaves[1:], *switches)
+        vars(made).update(zip((field.name for field in dataclasses.fields(cls)), values))
         return made
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, AdamHyper) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash(tuple(vars(self).values()))
-
-    def __repr__(self) -> str:
-        return f"AdamHyper({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 def fused_adamw(

@@ -63,10 +63,10 @@ def load() -> None:
                 for name in _TARGETS:
                     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
                 _state["error"] = None
-            except RuntimeError as error:
-                _state["error"] = error
-    if _state["error"] is not None:
-        raise RuntimeError(str(_state["error"])) from _state["error"]
+            except (RuntimeError, OSError) as error:
+                _state["error"] = RuntimeError(str(error))
+    if (error := _state["error"]) is not None:
+        raise error
 
 
 def _library() -> Path:

@@ -30,7 +30,7 @@ from jaxlab.superoffload.host_adam import AdamHyper
 from jaxlab.superoffload.host_kernel import Residual
 from pallas_kernels.grad_stats import grad_stats
 
-Buckets = Sequence[Float[Array, " n"]]
+Buckets = Sequence[Float[Array, " _"]]
 UNDO = ("copy", "residual")
 
 
@@ -205,7 +205,7 @@ def speculate(
     scalars = scalars_of(state.count, hyper, scale)
     made, logs = [], []
     for b, (p, m, v, g) in enumerate(zip(state.p, state.m, state.v, grads)):
-        spare = None if reuse is None else reuse.buckets[b]
+        spare = None if reuse is None or isinstance(reuse.buckets[b], Copies) != (undo == "copy") else reuse.buckets[b]
         settings = {"kind": undo, "backend": backend, "capacity": capacity, "donate": donate, "reuse": spare}
         new, _, entry = speculate_bucket((p, m, v), g, state.count, hyper, scale, scalars, **settings)
         made.append(new)
