@@ -21,10 +21,13 @@ from benchmarks.harness import interleaved
 from jaxlab import _platform
 from jaxlab.core.errors import MissingExtra
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.fused_adam import fused_adam
+from pallas_kernels.grad_stats import grad_stats
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.packed_moe_matmul import packed_moe_matmul
 from pallas_kernels.token_combine import token_combine
 from pallas_kernels.token_gather import token_gather
+from tests.oracles import adam as adam_oracle
 from tests.oracles import attention as attention_oracle
 from tests.oracles import grouped_matmul as grouped_oracle
 from tests.oracles import packed_moe_matmul as packed_oracle
@@ -42,22 +45,22 @@ class Op:
     Attributes:
       name: of the op.
       what: one sentence.
-      function: (*args, implementation=...) -> array.
+      function: (*args, implementation=...) -> array, or arrays where it has no gradient.
       implementations: names that run on a CPU.
       peer: the one to which times are compared.
       gpu_implementations: names compiled for GPUs.
       arrays: CPU inputs, float32.
       shape: those in words.
-      oracle: (*args, cotangent) -> value and gradients, float64.
-      differentiate: positions of the arguments with gradients.
-      gpu_shapes: arguments and, last, the cotangent of the programs compiled for GPUs.
+      oracle: (*args, cotangent) -> value and gradients, float64; without gradients (*args) -> values.
+      differentiate: positions of the arguments with gradients; none for an op that has no gradient.
+      gpu_shapes: arguments and, last, the cotangent (if there are gradients) of the programs compiled for GPUs.
       gpu_shape: those in words.
       notes: what else a reader should know.
     """
 
     name: str
     what: str
-    function: Callable[..., jax.Array]
+    function: Callable[..., Any]
     implementations: tuple[str, ...]
     peer: str
     gpu_implementations: tuple[str, ...]
@@ -149,6 +152,25 @@ def _op_of_codes(bits: int) -> Op:
         gpu_shapes=functools.partial(_code_gpu_shapes, bits),
         gpu_shape="4096 rows, 8 experts in 4 slots, 512 x 256 matrices, bfloat16 rows",
     )
+
+
+def _adam(p, m, v, g, *, implementation=None):
+    hyper = {"count": 9, "lr": 1e-3, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    return fused_adam(p, m, v, g, **hyper, implementation=implementation)[:3]  # the copy is p, rounded
+
+
+def _adam_values(p, m, v, g):
+    return adam_oracle.step(p, m, v, g, t=10, lr=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+
+
+def _adam_arrays():
+    rng = np.random.default_rng(0)
+    p, m, v, g = (jnp.asarray(rng.normal(size=1 << 20), jnp.float32) for _ in range(4))
+    return p, 0.1 * m, jnp.square(v), g
+
+
+def _adam_gpu_shapes():
+    return (*[jax.ShapeDtypeStruct((1 << 24,), jnp.float32)] * 3, jax.ShapeDtypeStruct((1 << 24,), jnp.bfloat16))
 
 
 def _swiglu(lhs, rhs, rhs_up, sizes, *, implementation=None):
@@ -291,6 +313,35 @@ OPS = (
         gpu_shape="4096 rows, 8 experts in 4 slots, 512 x 256 matrices, bfloat16 rows",
     ),
     *map(_op_of_codes, (8, 6)),
+    Op(
+        name="fused_adam",
+        what="One AdamW step on a flat bucket (SuperOffload): parameters, moments and a bfloat16 copy in one pass.",
+        function=_adam,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "xla"),
+        arrays=_adam_arrays,
+        shape="1048576 parameters",
+        oracle=_adam_values,
+        differentiate=(),
+        gpu_shapes=_adam_gpu_shapes,
+        gpu_shape="16777216 parameters (64 MiB of float32), bfloat16 gradients",
+        notes="`xla` rounds every product before it is added, so that its bits are those of the C++ host step.",
+    ),
+    Op(
+        name="grad_stats",
+        what="Sum of squares and finiteness of a gradient bucket (SuperOffload), in a fixed order.",
+        function=grad_stats,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "xla"),
+        arrays=lambda: _adam_arrays()[:1],
+        shape="1048576 elements",
+        oracle=lambda g: (np.sum(np.square(g)), np.isfinite(g).all()),
+        differentiate=(),
+        gpu_shapes=lambda: _adam_gpu_shapes()[:1],
+        gpu_shape="16777216 float32 elements",
+    ),
 )
 
 
@@ -334,8 +385,11 @@ _GPU_HEAD = (
 
 def _cpu_rows(op: Op) -> Iterator[tuple[str, ...]]:
     args = op.arrays()
-    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=op.function(*args).shape), jnp.float32)
     exact = [np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x) for x in args]
+    if not op.differentiate:
+        yield from _rows_without_gradients(op, args, op.oracle(*exact))
+        return
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=op.function(*args).shape), jnp.float32)
     wanted = op.oracle(*exact, np.asarray(cotangent, np.float64))
 
     def programs(name):
@@ -359,10 +413,26 @@ def _cpu_rows(op: Op) -> Iterator[tuple[str, ...]]:
         yield (f"`{name}`", f"{errors[0]:.1e}", f"{max(errors[1:]):.1e}", *speed, *memory)
 
 
+def _rows_without_gradients(
+    op: Op, args: Sequence[jax.Array], wanted: Sequence[np.ndarray]
+) -> Iterator[tuple[str, ...]]:
+    def program(name):
+        return jax.jit(functools.partial(op.function, implementation=name)).lower(*args).compile()
+
+    peer = program(op.peer)
+    for name in op.implementations:
+        own = peer if name == op.peer else program(name)
+        error = max(_error(got, want) for got, want in zip(own(*args), wanted, strict=True))
+        mine, theirs = interleaved(functools.partial(own, *args), functools.partial(peer, *args))
+        speed = "1" if name == op.peer else f"{theirs / mine:.3g}"
+        yield (f"`{name}`", f"{error:.1e}", "", speed, "", _mib(shapes.temporary_bytes(own)), "")
+
+
 def _gpu_rows(op: Op) -> Iterator[tuple[str, ...]]:
     from jaxlab.core import plan
 
-    *args, cotangent = op.gpu_shapes()
+    args = op.gpu_shapes()
+    args, cotangents = (args[:-1], args[-1:]) if op.differentiate else (args, ())
     for gpu in GPUS:
         target = plan.target(gpu)
         for name in op.gpu_implementations:
@@ -371,7 +441,9 @@ def _gpu_rows(op: Op) -> Iterator[tuple[str, ...]]:
             def gradients(cotangent, *args, forward=forward):
                 return _with_gradients(forward, op.differentiate)(cotangent, *args)[1]
 
-            for title, program, given in (("forward", forward, args), ("gradients", gradients, (cotangent, *args))):
+            passes = [("forward", forward, args)]
+            passes += [("gradients", gradients, (*cotangents, *args))] if op.differentiate else []
+            for title, program, given in passes:
                 made = plan.compile(program, *given, target=target, labels=["input"] * len(given))
                 memory = _mib(made.bytes["temporaries"])
                 for kernel in made.kernels or (None,):

@@ -213,7 +213,12 @@ void Stream(const void* from, void* to, int64_t bytes) {
 }
 
 void CastToBfloat16(const float* from, uint16_t* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+  for (; i < n; ++i) {
     const uint32_t bits = Bits(from[i]);
     const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : nearest);
