@@ -25,8 +25,11 @@ from jaxlab.core import lazy
 if TYPE_CHECKING:
     from jaxlab.superoffload.bucket import BucketSpec, flatten, make_buckets, unflatten
     from jaxlab.superoffload.cast import cast_bucket
+    from jaxlab.superoffload.config import SuperOffloadConfig
+    from jaxlab.superoffload.engine import SuperOffload, TrainState
     from jaxlab.superoffload.host_adam import AdamHyper, fused_adamw, host_adamw, scale_by_host_adam
     from jaxlab.superoffload.loss_scale import LossScaleConfig, LossScaleState, init_loss_scale, update_loss_scale
+    from jaxlab.superoffload.segmented import Segmented
     from jaxlab.superoffload.stv import (
         SpeculativeState,
         UndoLog,
@@ -44,7 +47,11 @@ __all__ = [
     "BucketSpec",
     "LossScaleConfig",
     "LossScaleState",
+    "Segmented",
     "SpeculativeState",
+    "SuperOffload",
+    "SuperOffloadConfig",
+    "TrainState",
     "UndoLog",
     "Verdict",
     "cast_bucket",
@@ -69,8 +76,11 @@ __getattr__, __dir__ = lazy.attach(
     {
         "bucket": ("BucketSpec", "flatten", "make_buckets", "unflatten"),
         "cast": ("cast_bucket",),
+        "config": ("SuperOffloadConfig",),
+        "engine": ("SuperOffload", "TrainState"),
         "host_adam": ("AdamHyper", "fused_adamw", "host_adamw", "scale_by_host_adam"),
         "loss_scale": ("LossScaleConfig", "LossScaleState", "init_loss_scale", "update_loss_scale"),
+        "segmented": ("Segmented",),
         "stv": (
             "SpeculativeState",
             "UndoLog",

@@ -43,6 +43,7 @@ def step_bucket(
     keep: bool = False,
     emit_dtype: Any = None,
     reuse: Any = None,
+    threads: int = 0,
 ) -> tuple[Moments, Array | None]:
     """The new p, m and v, and the copy of p in `emit_dtype` or None.
 
@@ -58,10 +59,12 @@ def step_bucket(
       keep: the caller goes on using `old`, so under `jit` too the step is not in place.
       emit_dtype: of the copy.
       reuse: arrays like some results, whose memory these may take.
+      threads: at most so many for "ffi"; 0 for all of XLA's.
     """
     run = _jitted(_step, donate, reuse is not None)
     place = donate or (is_traced(old, g) and not keep)
-    return run(old, g, count, hyper, scale, coef, reuse, backend=backend, emit_dtype=emit_dtype, in_place=place)
+    settings = {"backend": backend, "emit_dtype": emit_dtype, "in_place": place, "threads": threads}
+    return run(old, g, count, hyper, scale, coef, reuse, **settings)
 
 
 def speculate_bucket(
@@ -78,6 +81,7 @@ def speculate_bucket(
     donate: bool = False,
     emit_dtype: Any = None,
     reuse: Any = None,
+    threads: int = 0,
 ) -> tuple[Moments, Array | None, Copies | Residual]:
     """`step_bucket`, and the log that undoes it; outside `jit` a residual log without room is replaced by copies.
 
@@ -94,8 +98,9 @@ def speculate_bucket(
       donate: consume `old`, unless that is the log.
       emit_dtype: of the copy.
       reuse: arrays like some results, whose memory these may take.
+      threads: at most so many for "ffi"; 0 for all of XLA's.
     """
-    step = functools.partial(step_bucket, backend=backend, emit_dtype=emit_dtype)
+    step = functools.partial(step_bucket, backend=backend, emit_dtype=emit_dtype, threads=threads)
     if kind == "copy":
         return *step(old, g, count, hyper, scale, reuse=reuse, keep=True), Copies(*old)
     traced = is_traced(old, g)
@@ -114,13 +119,14 @@ def speculate_bucket(
         room=math.ceil(g.shape[0] * capacity),
         in_place=in_place or traced,
         stop=in_place,
+        threads=threads,
     )
     if traced or not overflowed(log):
         return new, cast, log
     if not in_place:
         return new, cast, Copies(*old)
     # Blocks without room were left as they were; the others are undone, which gives the old arrays back.
-    before = undo_bucket(new, g, count, scalars, log, mode=hyper.mode, backend=backend, donate=True)
+    before = undo_bucket(new, g, count, scalars, log, mode=hyper.mode, backend=backend, donate=True, threads=threads)
     return *step(before, g, count, hyper, scale, reuse=cast, keep=True), Copies(*before)
 
 
@@ -134,12 +140,14 @@ def undo_bucket(
     mode: str,
     backend: str,
     donate: bool = False,
+    threads: int = 0,
 ) -> Moments:
     """The p, m and v before the step of `count`, `g` and `scalars` that made the log."""
     if isinstance(log, Copies):
         return log.p, log.m, log.v
     run, place = _jitted(_undo, donate, False), donate or is_traced(new, g)
-    return run(new, g, count, scalars, log, decoupled=mode == "adamw", backend=backend, in_place=place)
+    settings = {"decoupled": mode == "adamw", "backend": backend, "in_place": place, "threads": threads}
+    return run(new, g, count, scalars, log, **settings)
 
 
 def overflowed(log: Copies | Residual) -> bool:
@@ -153,9 +161,9 @@ def is_traced(*trees: Any) -> bool:
 
 
 _STATICS = {
-    "_step": ("backend", "emit_dtype", "in_place"),
-    "_logged_step": ("backend", "emit_dtype", "room", "in_place", "stop"),
-    "_undo": ("decoupled", "backend", "in_place"),
+    "_step": ("backend", "emit_dtype", "in_place", "threads"),
+    "_logged_step": ("backend", "emit_dtype", "room", "in_place", "stop", "threads"),
+    "_undo": ("decoupled", "backend", "in_place", "threads"),
 }
 
 
@@ -166,36 +174,36 @@ def _jitted(function: Callable[..., Any], donate: bool, reuse: bool) -> Callable
     return jax.jit(function, static_argnames=statics, donate_argnames=donated, keep_unused=reuse)
 
 
-def _step(old, g, count, hyper, scale, coef, reuse, *, backend, emit_dtype, in_place):
+def _step(old, g, count, hyper, scale, coef, reuse, *, backend, emit_dtype, in_place, threads):
     del reuse
     factor = jnp.asarray(scale, jnp.float32) * jnp.asarray(coef, jnp.float32)
-    settings = {"emit_dtype": emit_dtype, "backend": backend, "in_place": in_place}
+    settings = {"emit_dtype": emit_dtype, "backend": backend, "in_place": in_place, "threads": threads}
     return host_adam.step(old, g, hyper.at(count), factor, **settings)
 
 
-def _logged_step(old, g, count, hyper, scale, scalars, reuse, *, backend, emit_dtype, room, in_place, stop):
+def _logged_step(old, g, count, hyper, scale, scalars, reuse, *, backend, emit_dtype, room, in_place, stop, threads):
     decoupled = hyper.mode == "adamw"
 
     def xla(old, g):
         plain = backend if backend == "xla" else "pallas"
-        settings = {"backend": plain, "emit_dtype": emit_dtype, "in_place": False}
+        settings = {"backend": plain, "emit_dtype": emit_dtype, "in_place": False, "threads": 0}
         new, cast = _step(old, g, count, hyper, scale, 1.0, reuse, **settings)
         return new, cast, undo.encode(old, new, g, scalars, count, decoupled=decoupled, capacity=room)
 
     def ffi(old, g):
-        settings = {"decoupled": decoupled, "capacity": room, "in_place": in_place, "stop": stop}
+        settings = {"decoupled": decoupled, "capacity": room, "in_place": in_place, "stop": stop, "threads": threads}
         new, cast, _, log = host_kernel.step(old, g, scalars, emit=emit_dtype, **settings)
         return new, cast, log
 
     return _either(backend, ffi, xla, old, g)
 
 
-def _undo(old, g, count, scalars, log, *, decoupled, backend, in_place):
+def _undo(old, g, count, scalars, log, *, decoupled, backend, in_place, threads):
     def xla(new, g, log):
         return undo.decode(new, g, scalars, count, log, decoupled=decoupled)
 
     def ffi(new, g, log):
-        return host_kernel.undo(new, g, scalars, log, decoupled=decoupled, in_place=in_place)
+        return host_kernel.undo(new, g, scalars, log, decoupled=decoupled, in_place=in_place, threads=threads)
 
     return _either(backend, ffi, xla, old, g, log)
 

@@ -166,6 +166,7 @@ def step(
     emit_dtype: DTypeLike | None,
     backend: str,
     in_place: bool | None = None,
+    threads: int = 0,
 ) -> tuple[Moments, Array | None]:
     """`fused_adamw` by a resolved backend: the new p, m and v, and the copy of p or None.
 
@@ -177,6 +178,7 @@ def step(
       emit_dtype: of the copy, or None.
       backend: as `resolve` gives it.
       in_place: whether "ffi" updates p, m and v where they are; None: only where they are traced.
+      threads: at most so many for "ffi"; 0 for all of XLA's.
     """
     traced = hyper | {"scale": scale}
     if in_place is None:
@@ -187,7 +189,7 @@ def step(
         return (p, m, v), cast
 
     def ffi(old: Moments, g: Array) -> tuple[Moments, Array | None]:
-        settings = {"decoupled": hyper["mode"] == "adamw", "emit": emit_dtype, "in_place": in_place}
+        settings = {"decoupled": hyper["mode"] == "adamw", "emit": emit_dtype, "in_place": in_place, "threads": threads}
         return host_kernel.step(old, g, undo.scalars(traced), **settings)[:2]
 
     anywhere = functools.partial(xla, implementation=None)

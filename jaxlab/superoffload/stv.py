@@ -46,10 +46,10 @@ class SpeculativeState:
       pending: whether a speculation waits for `commit` or `rollback` (structure, not data).
     """
 
-    p: tuple[Array, ...]
-    m: tuple[Array, ...]
-    v: tuple[Array, ...]
-    count: Array
+    p: Any
+    m: Any
+    v: Any
+    count: Any
     pending: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -66,10 +66,10 @@ class UndoLog:
       backend: which wrote it.
     """
 
-    buckets: tuple[Copies | Residual, ...]
-    grads: tuple[Array, ...]
-    scalars: Array
-    count: Array
+    buckets: Any
+    grads: Any
+    scalars: Any
+    count: Any
     mode: str = struct.field(pytree_node=False)
     backend: str = struct.field(pytree_node=False)
 

@@ -44,6 +44,17 @@ def test_contract():
         superoffload.LossScaleConfig: "init_scale window hysteresis consecutive_hysteresis min_scale raise_at_min",
         superoffload.init_loss_scale: "config",
         superoffload.update_loss_scale: "state overflow config",
+        superoffload.SuperOffloadConfig: (
+            "bucket_bytes split clip_norm clip_eps speculation undo backend compute_dtype loss_scale steps_per_update "
+            "offload_ratio nonfinite cpu_cores_share worker_timeout_s"
+        ),
+        superoffload.SuperOffload: "loss optimizer config * plan mesh",
+        superoffload.SuperOffload.init: "self params",
+        superoffload.SuperOffload.train_step: "self state batch",
+        superoffload.SuperOffload.apply_gradients: "self state grads",
+        superoffload.SuperOffload.master: "self state",
+        superoffload.SuperOffload.moments: "self state",
+        superoffload.Segmented: "fns head",
     }
     for function, words in expected.items():
         positional, _, keyword = words.partition(" * ")
