@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from jaxlab.superoffload.engine import SuperOffload, TrainState
     from jaxlab.superoffload.host_adam import AdamHyper, fused_adamw, host_adamw, scale_by_host_adam
     from jaxlab.superoffload.loss_scale import LossScaleConfig, LossScaleState, init_loss_scale, update_loss_scale
+    from jaxlab.superoffload.machine import Machine, ModelShape, get_machine
+    from jaxlab.superoffload.memory import CapacityError, Memory, estimate_memory
+    from jaxlab.superoffload.placement import fetch_tree, host_sharding, offload_tree, remat_offload_policy
+    from jaxlab.superoffload.plan import OffloadPlan, plan_offload
+    from jaxlab.superoffload.policy import choose_cast, choose_weight_policy, weight_flow_efficiency
+    from jaxlab.superoffload.schedule import Schedule
     from jaxlab.superoffload.segmented import Segmented
+    from jaxlab.superoffload.simulate import choose_gpu_buckets, simulate
+    from jaxlab.superoffload.stack import OffloadedScan, OffloadedStack
     from jaxlab.superoffload.stv import (
         SpeculativeState,
         UndoLog,
@@ -41,46 +49,123 @@ if TYPE_CHECKING:
         speculate,
         validate,
     )
+    from jaxlab.superoffload.ulysses import UlyssesAttention, gather_heads, scatter_heads, ulysses_attention
 
 __all__ = [
     "AdamHyper",
     "BucketSpec",
+    "CapacityError",
     "LossScaleConfig",
     "LossScaleState",
+    "Machine",
+    "Memory",
+    "ModelShape",
+    "OffloadPlan",
+    "OffloadedScan",
+    "OffloadedStack",
+    "Schedule",
     "Segmented",
     "SpeculativeState",
     "SuperOffload",
     "SuperOffloadConfig",
     "TrainState",
+    "UlyssesAttention",
     "UndoLog",
     "Verdict",
     "cast_bucket",
+    "choose_cast",
+    "choose_gpu_buckets",
+    "choose_weight_policy",
     "commit",
+    "estimate_memory",
+    "fetch_tree",
     "flatten",
     "fused_adamw",
+    "gather_heads",
+    "get_machine",
     "host_adamw",
+    "host_sharding",
     "init_loss_scale",
     "init_state",
     "make_buckets",
+    "offload_tree",
+    "plan_offload",
+    "remat_offload_policy",
     "replay",
     "rollback",
     "scale_by_host_adam",
+    "scatter_heads",
+    "simulate",
     "speculate",
+    "ulysses_attention",
     "unflatten",
     "update_loss_scale",
     "validate",
+    "weight_flow_efficiency",
 ]
 
 __getattr__, __dir__ = lazy.attach(
     __name__,
     {
-        "bucket": ("BucketSpec", "flatten", "make_buckets", "unflatten"),
+        "bucket": (
+            "BucketSpec",
+            "flatten",
+            "make_buckets",
+            "unflatten",
+        ),
         "cast": ("cast_bucket",),
         "config": ("SuperOffloadConfig",),
-        "engine": ("SuperOffload", "TrainState"),
-        "host_adam": ("AdamHyper", "fused_adamw", "host_adamw", "scale_by_host_adam"),
-        "loss_scale": ("LossScaleConfig", "LossScaleState", "init_loss_scale", "update_loss_scale"),
+        "engine": (
+            "SuperOffload",
+            "TrainState",
+        ),
+        "host_adam": (
+            "AdamHyper",
+            "fused_adamw",
+            "host_adamw",
+            "scale_by_host_adam",
+        ),
+        "loss_scale": (
+            "LossScaleConfig",
+            "LossScaleState",
+            "init_loss_scale",
+            "update_loss_scale",
+        ),
+        "machine": (
+            "Machine",
+            "ModelShape",
+            "get_machine",
+        ),
+        "memory": (
+            "CapacityError",
+            "Memory",
+            "estimate_memory",
+        ),
+        "placement": (
+            "fetch_tree",
+            "host_sharding",
+            "offload_tree",
+            "remat_offload_policy",
+        ),
+        "plan": (
+            "OffloadPlan",
+            "plan_offload",
+        ),
+        "policy": (
+            "choose_cast",
+            "choose_weight_policy",
+            "weight_flow_efficiency",
+        ),
+        "schedule": ("Schedule",),
         "segmented": ("Segmented",),
+        "simulate": (
+            "choose_gpu_buckets",
+            "simulate",
+        ),
+        "stack": (
+            "OffloadedScan",
+            "OffloadedStack",
+        ),
         "stv": (
             "SpeculativeState",
             "UndoLog",
@@ -91,6 +176,12 @@ __getattr__, __dir__ = lazy.attach(
             "rollback",
             "speculate",
             "validate",
+        ),
+        "ulysses": (
+            "UlyssesAttention",
+            "gather_heads",
+            "scatter_heads",
+            "ulysses_attention",
         ),
     },
 )
