@@ -212,7 +212,7 @@ def _through_layer(
     after, total = [], None
     for x in hidden:
         x, seen = _block(config, run.sparse, run.window, params, x)
-        after.append(x)
+        after.append(jax.block_until_ready(x))  # programs side by side would each hold their activations
         total = seen if total is None or seen is None else total + seen
     return after, total
 
