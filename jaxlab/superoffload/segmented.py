@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxlab.superoffload.bucket import BucketSpec, flatten
+from jaxlab.superoffload.partition import Partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +38,41 @@ Gradients = Iterator[tuple[int, tuple[Array, ...]]]
 class Backward:
     """Compiled forward and backward pass of a loss function or a `Segmented` network.
 
+    Over a mesh a loss is that of the whole batch, and its gradients are summed into slices: each rank gets its own.
+
     Args:
       loss: (params, batch) -> scalar, or a `Segmented`.
       specs: buckets of each segment's parameters; one segment for a loss function.
+      partition: how the buckets are shared.
     """
 
-    def __init__(self, loss: Callable[..., Any] | Segmented, specs: Sequence[BucketSpec]):
+    def __init__(self, loss: Callable[..., Any] | Segmented, specs: Sequence[BucketSpec], partition: Partition):
         pieces = loss.fns if isinstance(loss, Segmented) else ()
         head = loss.head if isinstance(loss, Segmented) else lambda params, _, batch: loss(params, batch)
-        self._forward = [jax.jit(fn) for fn in pieces]
-        self._pullbacks = [
-            jax.jit(_pullback(fn, spec, first=i == 0)) for i, (fn, spec) in enumerate(zip(pieces, specs))
-        ]
-        self._head = jax.jit(_head_gradients(head, specs[-1]))
+        mesh, sliced = partition.mesh, partition.sliced
 
-    def __call__(self, params: Sequence[PyTree], batch: PyTree, scale: Array) -> tuple[Array, Gradients]:
+        def compiled(function: Callable[..., Any], *out_shardings: Any) -> Callable[..., Any]:
+            if mesh is None:
+                return jax.jit(function)
+            run = jax.jit(function, out_shardings=out_shardings or None)
+
+            def over_mesh(*args: Any) -> Any:
+                with jax.set_mesh(mesh):  # the network lays its activations out over the mesh in force
+                    return run(*args)
+
+            return over_mesh
+
+        def cut(tree: PyTree, spec: BucketSpec) -> tuple[Array, ...]:
+            return partition.pad(flatten(tree, spec))
+
+        self._forward = [compiled(fn) for fn in pieces]
+        self._pullbacks = [
+            compiled(_pullback(fn, spec, cut, first=i == 0), sliced, None)
+            for i, (fn, spec) in enumerate(zip(pieces, specs))
+        ]
+        self._head = compiled(_head_gradients(head, specs[-1], cut), partition.replicated, sliced, None)
+
+    def __call__(self, params: Sequence[PyTree], batch: PyTree, scale: Any) -> tuple[Array, Gradients]:
         """The loss, and an iterator over (segment, gradient buckets of `scale` times the loss), last segment first."""
         inputs = [batch]
         for fn, weights in zip(self._forward, params):
@@ -69,8 +90,8 @@ class Backward:
         return loss, gradients()
 
 
-def _head_gradients(head: Callable[..., Any], spec: BucketSpec) -> Callable[..., Any]:
-    def run(params: PyTree, x: Any, batch: PyTree, scale: Array) -> tuple[Array, tuple[Array, ...], Any]:
+def _head_gradients(head: Callable[..., Any], spec: BucketSpec, cut: Callable[..., Any]) -> Callable[..., Any]:
+    def run(params: PyTree, x: Any, batch: PyTree, scale: Any) -> tuple[Array, tuple[Array, ...], Any]:
         join, trained = _split(params, spec)
 
         def scaled(trained: list[Array], x: Any) -> tuple[Array, Array]:
@@ -78,19 +99,19 @@ def _head_gradients(head: Callable[..., Any], spec: BucketSpec) -> Callable[...,
             return loss.astype(jnp.float32) * scale, loss
 
         (_, loss), (grads, cotangent) = jax.value_and_grad(scaled, (0, 1), has_aux=True)(trained, x)
-        return loss, flatten(join(grads), spec), cotangent
+        return loss, cut(join(grads), spec), cotangent
 
     return run
 
 
-def _pullback(fn: Callable[..., Any], spec: BucketSpec, *, first: bool) -> Callable[..., Any]:
+def _pullback(fn: Callable[..., Any], spec: BucketSpec, cut: Callable[..., Any], *, first: bool) -> Callable[..., Any]:
     def run(params: PyTree, x: Any, cotangent: Any) -> tuple[tuple[Array, ...], Any]:
         join, trained = _split(params, spec)
         if first:  # nobody wants the gradient of the batch
             (grads,) = jax.vjp(lambda trained: fn(join(trained), x), trained)[1](cotangent)
-            return flatten(join(grads), spec), None
+            return cut(join(grads), spec), None
         grads, before = jax.vjp(lambda trained, x: fn(join(trained), x), trained, x)[1](cotangent)
-        return flatten(join(grads), spec), before
+        return cut(join(grads), spec), before
 
     return run
 

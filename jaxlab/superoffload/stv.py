@@ -6,6 +6,7 @@ speculation-then-validation; the official code rolls back by algebra in float32,
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +111,14 @@ def init_state(params: PyTree, spec: BucketSpec) -> SpeculativeState:
     return SpeculativeState(p, m, v, jnp.zeros((), jnp.int32))
 
 
-def validate(grads: Buckets, *, scale: Any = 1.0, clip_norm: float | None = None, clip_eps: float = 1e-6) -> Verdict:
+def validate(
+    grads: Buckets,
+    *,
+    scale: Any = 1.0,
+    clip_norm: float | None = None,
+    clip_eps: float = 1e-6,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Verdict:
     """Norm, finiteness and clipping coefficient min(1, clip_norm / (norm + clip_eps)) of all buckets together.
 
     Squares are summed in float32, bucket after bucket, so the norm's last bit may depend on how a state is cut.
@@ -120,6 +128,7 @@ def validate(grads: Buckets, *, scale: Any = 1.0, clip_norm: float | None = None
       scale: multiplies them: the inverse of the loss scale.
       clip_norm: largest norm; None does not clip.
       clip_eps: 1e-6 as DeepSpeed and torch have it, 0 as Optax.
+      axis_name: inside `jax.shard_map`, of the ranks that each have a slice of every bucket; all get the same verdict.
 
     Raises:
       ValueError: clip_norm not positive, negative clip_eps.
@@ -128,16 +137,18 @@ def validate(grads: Buckets, *, scale: Any = 1.0, clip_norm: float | None = None
         raise ValueError(f"clip_norm: expected a value > 0, or None for no clipping, got {clip_norm}")
     if not isinstance(clip_eps, jax.core.Tracer) and not clip_eps >= 0:
         raise ValueError(f"clip_eps: expected a value >= 0, got {clip_eps}")
-    return _validate(tuple(grads), scale, clip_norm, clip_eps)
+    return _validate(tuple(grads), scale, clip_norm, clip_eps, axis_name)
 
 
-@jax.jit
-def _validate(grads: tuple[Array, ...], scale: Any, clip_norm: Any, clip_eps: Any) -> Verdict:
+@functools.partial(jax.jit, static_argnums=4)
+def _validate(grads: tuple[Array, ...], scale: Any, clip_norm: Any, clip_eps: Any, axis_name: Any) -> Verdict:
     def norm_of(grads: tuple[Array, ...], factor: float) -> tuple[Array, Array]:
         total, finite = jnp.zeros((), jnp.float32), jnp.bool_(True)
         for g in grads:
             part, good = grad_stats(g if factor == 1 else g.astype(jnp.float32) * factor)
             total, finite = total + part, finite & good
+        if axis_name is not None:
+            total, finite = lax.psum(total, axis_name), lax.pmin(finite.astype(jnp.int32), axis_name) == 1
         return jnp.sqrt(total) / factor, finite
 
     norm, finite = norm_of(grads, 1.0)

@@ -37,7 +37,7 @@ def test_contract():
         superoffload.AdamHyper: "lr b1 b2 eps weight_decay mode bias_correction",
         superoffload.init_state: "params spec",
         superoffload.speculate: "state grads hyper * scale undo backend capacity donate reuse",
-        superoffload.validate: "grads * scale clip_norm clip_eps",
+        superoffload.validate: "grads * scale clip_norm clip_eps axis_name",
         superoffload.commit: "state",
         superoffload.rollback: "state log * donate",
         superoffload.replay: "state grads hyper * scale coef backend donate",

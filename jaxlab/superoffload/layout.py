@@ -1,0 +1,110 @@
+"""Which leaf lies where in which bucket, for all segments of a network together."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxlab.superoffload.bucket import BucketSpec, flatten, make_buckets, unflatten
+from jaxlab.superoffload.partition import Partition
+
+Gradients = Iterable[tuple[int, tuple[Array, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The buckets of a tree of parameters, filled up to whole slices.
+
+    Attributes:
+      specs: of each segment; one for a network that is no `Segmented`.
+      pieces: of a `Segmented` network with its head; None for another.
+      partition: how the buckets are shared.
+    """
+
+    specs: tuple[BucketSpec, ...]
+    pieces: int | None
+    partition: Partition
+
+    @classmethod
+    def of(cls, params: PyTree, pieces: int | None, partition: Partition, **settings: Any) -> "Layout":
+        """The layout of parameters; leaves that are not floating are frozen. Settings are those of `make_buckets`."""
+        parts = _parts(params, pieces)
+        return cls(tuple(make_buckets(x, trainable=_floating(x), **settings) for x in parts), pieces, partition)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Segment, and number in it, of every bucket."""
+        return [(s, b) for s, spec in enumerate(self.specs) for b in range(spec.n_buckets)]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of every bucket, padding included but for that of the partition."""
+        return sum((spec.sizes for spec in self.specs), ())
+
+    def parts(self, tree: PyTree) -> tuple[PyTree, ...]:
+        """A tree by segment.
+
+        Raises:
+          ValueError: no tuple with one entry a segment, where there are several.
+        """
+        return _parts(tree, self.pieces)
+
+    def cut(self, tree: PyTree) -> tuple[Array, ...]:
+        """The buckets of a tree, padded."""
+        flat = (flatten(part, spec) for part, spec in zip(self.parts(tree), self.specs))
+        return sum((self.partition.pad(buckets) for buckets in flat), ())
+
+    def join(self, buckets: Sequence[Array], like: PyTree | None = None, dtype: Any = jnp.float32) -> PyTree:
+        """The tree that whole buckets hold, in one dtype; frozen leaves come from `like`."""
+        likes = [None] * len(self.specs) if like is None else self.parts(like)
+        whole = [bucket[:size] if bucket.shape[0] > size else bucket for bucket, size in zip(buckets, self.sizes)]
+        trees, first = [], 0
+        for spec, part in zip(self.specs, likes):
+            dtypes = tuple(jnp.dtype(dtype) if i in spec.order else found for i, found in enumerate(spec.dtypes))
+            trees.append(unflatten(whole[first : first + spec.n_buckets], replace(spec, dtypes=dtypes), part))
+            first += spec.n_buckets
+        return trees[0] if self.pieces is None else tuple(trees)
+
+    def by_segment(self, buckets: Sequence[Array]) -> list[tuple[int, tuple[Array, ...]]]:
+        """Buckets as a backward pass gives them, last segment first."""
+        found: list[list[Array]] = [[] for _ in self.specs]
+        for (segment, _), bucket in zip(self.places, buckets):
+            found[segment].append(bucket)
+        return [(segment, tuple(found[segment])) for segment in reversed(range(len(found)))]
+
+    def trained(self) -> "Layout":
+        """The same buckets, of a tree with `optax.MaskedNode` in the places of frozen leaves."""
+        return replace(self, specs=tuple(_trained(spec) for spec in self.specs))
+
+
+def _parts(tree: PyTree, pieces: int | None) -> tuple[PyTree, ...]:
+    if pieces is None:
+        return (tree,)
+    if not isinstance(tree, tuple) or len(tree) != pieces:
+        got = f"a tuple of {len(tree)}" if isinstance(tree, tuple) else type(tree).__name__
+        raise ValueError(f"params: expected a tuple of {pieces}, one a piece and one for the head, got {got}")
+    return tree
+
+
+def _floating(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: bool(jnp.issubdtype(jnp.result_type(x), jnp.floating)), tree)
+
+
+def _trained(spec: BucketSpec) -> BucketSpec:
+    kept = sorted(spec.order)
+    number = {i: at for at, i in enumerate(kept)}
+    masked = [0 if i in number else optax.MaskedNode() for i in range(len(spec.paths))]
+    return replace(
+        spec,
+        groups=None if spec.groups is None else tuple(tuple(number[i] for i in group) for group in spec.groups),
+        order=tuple(number[i] for i in spec.order),
+        shapes=tuple(spec.shapes[i] for i in kept),
+        dtypes=tuple(spec.dtypes[i] for i in kept),
+        paths=tuple(spec.paths[i] for i in kept),
+        treedef=jax.tree.structure(jax.tree.unflatten(spec.treedef, masked)),
+    )
