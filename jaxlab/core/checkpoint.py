@@ -116,20 +116,33 @@ class Checkpointer:
           FileNotFoundError: there is no such step, or none at all.
           CheckpointError: the step is damaged, not ours, or does not fit `like`; the message names folder, step, leaf.
         """
-        step = self.latest() if step is None else int(step)
-        if step is None:
-            raise FileNotFoundError(f"no checkpoint in {self.folder}")
-        path = self.folder / str(step)
-        if step not in self.steps():
-            known = ", ".join(map(str, self.steps())) or "none"
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}; steps there: {known}")
-        where = f"checkpoint {self.folder}, step {step}"
+        path, where = self._find(step)
         wanted = _named(like)
         manifest = _agree(lambda: _checked_manifest(path, dict(wanted), where), where)
         saved = manifest["leaves"]
         arrays = _read_arrays(path / _ARRAYS, {name: leaf for name, leaf in wanted if _in_orbax(saved[name])}, where)
         values = [_as_wanted(name, arrays.get(name), saved[name], leaf) for name, leaf in wanted]
         return jax.tree.unflatten(jax.tree.structure(like), values), manifest["extra"]
+
+    def extra(self, step: int | None = None) -> Any:
+        """What a step, by default the latest, was saved with, for who needs it to know what to restore.
+
+        Raises:
+          FileNotFoundError: there is no such step, or none at all.
+          CheckpointError: the step is damaged or not ours; the message names folder and step.
+        """
+        path, where = self._find(step)
+        return _agree(lambda: _manifest(path, where), where)["extra"]
+
+    def _find(self, step: int | None) -> tuple[Path, str]:
+        """The folder of a step, and how messages name it."""
+        step = self.latest() if step is None else int(step)
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint in {self.folder}")
+        if step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}; steps there: {known}")
+        return self.folder / str(step), f"checkpoint {self.folder}, step {step}"
 
     def _publish(self, temporary: Path, final: Path) -> None:
         """The one rename, then the removal of what is too old, each folder renamed away before it is emptied."""
@@ -253,6 +266,13 @@ def _key_implementation(like: Any) -> Any:
 
 
 def _checked_manifest(path: Path, wanted: Mapping[str, Any], where: str) -> dict[str, Any]:
+    manifest = _manifest(path, where)
+    _check_leaves(manifest["leaves"], wanted, where)
+    _check_files(path, manifest["files"], where)
+    return manifest
+
+
+def _manifest(path: Path, where: str) -> dict[str, Any]:
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
     except FileNotFoundError as error:
@@ -263,8 +283,6 @@ def _checked_manifest(path: Path, wanted: Mapping[str, Any], where: str) -> dict
         raise CheckpointError(f"{where}: {_MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{where}: {_MANIFEST} is not of format {_FORMAT!r}")
-    _check_leaves(manifest["leaves"], wanted, where)
-    _check_files(path, manifest["files"], where)
     return manifest
 
 

@@ -25,6 +25,7 @@ from jaxlab.core import lazy
 if TYPE_CHECKING:
     from jaxlab.superoffload.bucket import BucketSpec, flatten, make_buckets, unflatten
     from jaxlab.superoffload.cast import cast_bucket
+    from jaxlab.superoffload.checkpoint import EngineCheckpointer
     from jaxlab.superoffload.config import SuperOffloadConfig
     from jaxlab.superoffload.engine import SuperOffload, TrainState
     from jaxlab.superoffload.host_adam import AdamHyper, fused_adamw, host_adamw, scale_by_host_adam
@@ -55,6 +56,7 @@ __all__ = [
     "AdamHyper",
     "BucketSpec",
     "CapacityError",
+    "EngineCheckpointer",
     "LossScaleConfig",
     "LossScaleState",
     "Machine",
@@ -114,6 +116,7 @@ __getattr__, __dir__ = lazy.attach(
             "unflatten",
         ),
         "cast": ("cast_bucket",),
+        "checkpoint": ("EngineCheckpointer",),
         "config": ("SuperOffloadConfig",),
         "engine": (
             "SuperOffload",

@@ -118,7 +118,7 @@ class SuperOffload:
                 raise NotImplementedError("optimizer: over several processes an AdamHyper, got an Optax transformation")
         elif self._hyper is None:
             raise TypeError(f"optimizer: expected an AdamHyper or an Optax transformation, got {optimizer!r}")
-        self._loss, self._config, self._plan = loss, config, plan
+        self._loss, self.config, self._plan = loss, config, plan
         self._backend = host_adam.resolve(config.backend)
         self._threads = max(1, round((os.cpu_count() or 1) * config.cpu_cores_share))
         self._worker = HostWorker(config.worker_timeout_s)
@@ -157,7 +157,7 @@ class SuperOffload:
         Raises:
           ValueError: parameters of a `Segmented` network that are no tuple with one entry a piece and one for the head.
         """
-        config, partition = self._config, self._partition
+        config, partition = self.config, self._partition
         pieces = len(self._loss.fns) + 1 if isinstance(self._loss, Segmented) else None
         self._layout = layout = Layout.of(
             params, pieces, partition, bucket_bytes=config.bucket_bytes, split=config.split
@@ -197,7 +197,7 @@ class SuperOffload:
         self._check_ready()
         batch = self._partition.place_batch(batch)
         loss, gradients = self._backward(self._layout.parts(state.params), batch, np.asarray(state.loss_scale))
-        every, step = self._config.steps_per_update, int(state.step) + 1
+        every, step = self.config.steps_per_update, int(state.step) + 1
         state = replace(state, step=state.step + 1)
         if every > 1:
             total = sum((buckets for _, buckets in sorted(gradients, key=lambda pair: pair[0])), ())
@@ -252,7 +252,7 @@ class SuperOffload:
             return jax.tree.map(jnp.copy, layout.join(casts, like, self._dtype))
 
         self._rebuild = jax.jit(rebuild, out_shardings=partition.replicated)
-        clipping = {"clip_norm": self._config.clip_norm, "clip_eps": self._config.clip_eps}
+        clipping = {"clip_norm": self.config.clip_norm, "clip_eps": self.config.clip_eps}
         self._validate = partition.reduced(
             lambda g, scale, axis_name: validate(g, scale=scale, axis_name=axis_name, **clipping)
         )
@@ -308,9 +308,9 @@ class SuperOffload:
             undo_bytes=undo_bytes,
             host_ms=1e3 * (self._worker.busy_s - busy),
         )
-        if state.scaler is not None and self._config.loss_scale is not None:
-            state = replace(state, scaler=update_loss_scale(state.scaler, not finite, self._config.loss_scale))
-        elif not finite and self._config.nonfinite == "raise":
+        if state.scaler is not None and self.config.loss_scale is not None:
+            state = replace(state, scaler=update_loss_scale(state.scaler, not finite, self.config.loss_scale))
+        elif not finite and self.config.nonfinite == "raise":
             raise FloatingPointError(f"the gradients of update {int(state.count) + 1} are not finite")
         return state, metrics
 
@@ -343,7 +343,7 @@ class SuperOffload:
         return replace(state, params=params, master=replace(state.master, count=state.count + 1))
 
     def _speculate(self, master: SpeculativeState, b: int, g: Array, scale: Any, scalars: Array) -> Any:
-        settings = {"kind": self._config.undo, "backend": self._backend, "threads": self._threads}
+        settings = {"kind": self.config.undo, "backend": self._backend, "threads": self._threads}
         return speculate_bucket(
             self._old(master, b),
             self._partition.local(g),
@@ -393,16 +393,16 @@ class SuperOffload:
         return self._layout.join([self._partition.whole(x) for x in buckets], like)
 
     def _speculates(self) -> bool:
-        if self._config.undo == "off" or self._tx is not None:
+        if self.config.undo == "off" or self._tx is not None:
             return False
-        return {"always": True, "never": False, "auto": self._pace.pays()}[self._config.speculation]
+        return {"always": True, "never": False, "auto": self._pace.pays()}[self.config.speculation]
 
     def _on_accelerator(self, buckets: int) -> int:
         """How many buckets, the first in forward order, keep their state on the accelerator."""
         if self._tx is not None:
             return 0
-        if self._config.offload_ratio is not None:
-            return math.floor((1 - self._config.offload_ratio) * buckets)
+        if self.config.offload_ratio is not None:
+            return math.floor((1 - self.config.offload_ratio) * buckets)
         return 0 if self._plan is None else min(buckets, self._plan.gpu_buckets)
 
     def _check_ready(self) -> None:

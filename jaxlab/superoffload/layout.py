@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -76,6 +77,18 @@ class Layout:
         for (segment, _), bucket in zip(self.places, buckets):
             found[segment].append(bucket)
         return [(segment, tuple(found[segment])) for segment in reversed(range(len(found)))]
+
+    def cut_again(self, buckets: Sequence[Array], sizes: Sequence[Sequence[int]]) -> tuple[Array, ...]:
+        """The buckets of the same parameters in another layout, whose sizes by segment are given, padded as here."""
+        made: tuple[Array, ...] = ()
+        todo = iter(buckets)
+        for spec, old in zip(self.specs, sizes):
+            parts = [bucket[:size] for size, bucket in zip(old, todo)]
+            if not parts:
+                continue
+            flat = jnp.pad(jnp.concatenate(parts)[: spec.numel], (0, sum(spec.sizes) - spec.numel))
+            made += self.partition.pad(jnp.split(flat, np.cumsum(spec.sizes)[:-1]))
+        return made
 
     def trained(self) -> "Layout":
         """The same buckets, of a tree with `optax.MaskedNode` in the places of frozen leaves."""

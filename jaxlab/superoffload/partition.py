@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, PyTree
 
 from jaxlab.training.sharding import batch_sharding, place_state
@@ -87,6 +87,20 @@ class Partition:
             return jax.device_put(local, self.sliced)
         whole = (local.shape[0] * self.processes,)
         return jax.make_array_from_process_local_data(self.sliced, np.asarray(local), whole)
+
+    def on_hosts(self, size: int) -> Sharding:
+        """Where the hosts keep a bucket of `size` elements: its slices, or all of one that they cannot share."""
+        if self._hosts is None:
+            return SingleDeviceSharding(self.host)
+        return self._hosts if size % self.processes == 0 else NamedSharding(self._hosts.mesh, PartitionSpec())
+
+    def on_all_hosts(self, function: Any) -> Any:
+        """Compiles buckets -> buckets of this partition, both on the hosts."""
+        return jax.jit(function, out_shardings=self._hosts)
+
+    def lay(self, bucket: Array, sharding: Sharding) -> Array:
+        """A bucket on the hosts, where `sharding` says: it stays, or goes to the ranks."""
+        return bucket if bucket.sharding == sharding else self.on_device(self.local(bucket))
 
     def whole(self, bucket: Array) -> Array:
         """All of a bucket on this host; collective."""
