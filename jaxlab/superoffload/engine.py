@@ -364,10 +364,20 @@ class SuperOffload:
     def _step(self, master: SpeculativeState, b: int, g: Array, scale: Any, coef: Any) -> Any:
         if b < self._resident:
             return self._resident_step(self._old(master, b), g, (master.count, self._hyper, scale, coef))
-        settings = {"backend": self._backend, "emit_dtype": self._dtype, "threads": self._threads}
-        settings |= {"donate": not self._keeps, "reuse": self._spare.pop(b, (None, None))}
-        old, g = self._old(master, b), self._partition.local(g)
-        return step_bucket(old, g, master.count, self._hyper, scale, coef, keep=self._keeps, **settings)
+        return step_bucket(
+            self._old(master, b),
+            self._partition.local(g),
+            master.count,
+            self._hyper,
+            scale,
+            coef,
+            backend=self._backend,
+            donate=not self._keeps,
+            keep=self._keeps,
+            emit_dtype=self._dtype,
+            reuse=self._spare.pop(b, (None, None)),
+            threads=self._threads,
+        )
 
     def _old(self, master: SpeculativeState, b: int) -> Copies:
         """A bucket's p, m and v as a step takes them: on the accelerator, or this process's on the host."""

@@ -10,8 +10,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab import core
 from jaxlab import superoffload as so
-from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
-from jaxlab.training import TokenBatch, lm_loss
 
 HYPER = so.AdamHyper(optax.linear_schedule(5e-3, 1e-3, 20), 0.9, 0.95, weight_decay=0.1)
 MESH = {"data": 4, "fsdp": 2}
@@ -86,17 +84,16 @@ def case_speculation_gives_the_bits_of_the_synchronous_run(folder):
 
 
 def case_ranks_train_as_one_device_does(folder):
-    """Whole batches or placed ones, accumulated or not, some buckets on the accelerators."""
+    """Placed batches, accumulated, and a bucket that stays on the accelerators."""
     mesh = core.make_mesh(MESH)
     batches = list(mlp_batches(4))
     placed = [jax.tree.map(lambda x: place(x, mesh, PartitionSpec(("data", "fsdp"))), batch) for batch in batches]
-    for settings in ({"offload_ratio": 0.5}, {"steps_per_update": 2, "compute_dtype": "bfloat16", "undo": "residual"}):
-        want = train(batches, None, speculation="never", **settings)
-        got = train(placed, speculation="always", **settings)
-        tolerance = {"rtol": 1e-2, "atol": 1e-3} if "compute_dtype" in settings else {"rtol": 1e-4, "atol": 1e-6}
-        for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose([row[name] for row in got[0]], [row[name] for row in want[0]], **tolerance)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), got[1][0], want[1][0])
+    settings = {"offload_ratio": 0.5, "steps_per_update": 2}
+    want = train(batches, None, speculation="never", **settings)
+    got = train(placed, speculation="always", undo="residual", **settings)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([row[name] for row in got[0]], [row[name] for row in want[0]], rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got[1], want[1])
 
 
 def case_a_state_moves_to_other_buckets_and_ranks(folder):
@@ -110,64 +107,22 @@ def case_a_state_moves_to_other_buckets_and_ranks(folder):
         saved = trees(engine, state)
         state, rows = run(engine, state, batches[5:])
         final = trees(engine, state)
-    half = (
-        [device for device in jax.devices() if device.id % 1000 % 4 < 2]
-        if jax.process_count() > 1
-        else jax.devices()[:4]
-    )
-    for mesh, devices, settings in (
-        (MESH, None, {}),
-        (MESH, None, {"bucket_bytes": 4 * 33, "offload_ratio": 0.5}),
-        ({"data": 4}, half, {"split": "param"}),
-    ):
+    local = jax.local_device_count() // 2
+    half = [d for d in jax.devices() if d in [x for x in jax.devices() if x.process_index == d.process_index][:local]]
+    other = {"bucket_bytes": 4 * 33, "split": "param", "offload_ratio": 0.5}
+    for mesh, devices, settings in ((MESH, None, {}), ({"data": 4}, half, other)):
         with make(mesh, devices=devices, **shared, **settings) as engine:
             like = engine.init(jax.tree.map(np.zeros_like, mlp_params()))
             restored, extra = so.EngineCheckpointer(folder / "checkpoints", engine).restore(like)
             assert (extra, int(restored.step), int(restored.count)) == ({"seen": 5}, 5, 1)
             jax.tree.map(np.testing.assert_array_equal, trees(engine, restored), saved)
+            np.testing.assert_array_equal(restored.params["ids"], np.arange(3))
             restored, again = run(engine, restored, batches[5:])
-            close = (
-                np.testing.assert_array_equal
-                if not settings
-                else lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2)
-            )
+            tolerance = 1e-2 if settings else 0
             for name in ("loss", "grad_norm", "loss_scale", "skipped"):
-                close([row[name] for row in again], [row[name] for row in rows])
+                np.testing.assert_allclose([r[name] for r in again], [r[name] for r in rows], rtol=tolerance)
             if not settings:
                 jax.tree.map(np.testing.assert_array_equal, trees(engine, restored), final)
-
-
-def case_sequences_over_the_mesh(folder):
-    """A decoder with Ulysses attention: gradients are summed over `sequence` too."""
-    decoder = DecoderConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    tokens = np.random.default_rng(3).integers(0, 32, (2, 17)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))
-    ones = np.ones((2, 16), np.int32)
-    batch = TokenBatch(tokens[:, :-1], tokens[:, 1:], positions, ones, ones.astype(np.float32))
-    params = init_params(Decoder(decoder), jax.random.key(0))
-    losses = []
-    for axes, model in (
-        (None, Decoder(decoder)),
-        ({"data": 2, "sequence": 4}, Decoder(decoder, attention=so.UlyssesAttention())),
-    ):
-        sums = lm_loss(model)
-
-        def loss(params, batch, sums=sums):
-            out = sums(params, batch, None)
-            return out.total / out.weight
-
-        config = so.SuperOffloadConfig(compute_dtype="float32", bucket_bytes=1 << 14)
-        with so.SuperOffload(loss, HYPER, config, mesh=axes and core.make_mesh(axes)) as engine:
-            losses.append([row["loss"] for row in run(engine, engine.init(params), [batch] * 3)[1]])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert losses[0][2] < losses[0][0]
 
 
 def place(x, mesh, spec):
