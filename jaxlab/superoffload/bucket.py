@@ -113,7 +113,7 @@ def flatten(tree: PyTree, spec: BucketSpec) -> tuple[Float[Array, " _"], ...]:
     leaves = _matching(tree, spec)
     flat = {i: jnp.ravel(leaves[i]).astype(jnp.float32) for i in spec.order}
     buckets = []
-    for pieces in _pieces(spec):
+    for pieces in pieces_of(spec):
         parts = [flat[i] if stop - start == flat[i].size else flat[i][start:stop] for i, start, stop in pieces]
         padding = spec.sizes[len(buckets)] - sum(part.size for part in parts)
         parts += [jnp.zeros((padding,), jnp.float32)] if padding else []
@@ -142,7 +142,7 @@ def unflatten(buckets: Sequence[Float[Array, " _"]], spec: BucketSpec, like: PyT
             raise ValueError("like: expected a tree that holds the frozen leaves, got None")
         leaves = list(_matching(like, spec, only_shapes=True))
     parts: dict[int, list[Array]] = {i: [] for i in spec.order}
-    for bucket, pieces in zip(buckets, _pieces(spec)):
+    for bucket, pieces in zip(buckets, pieces_of(spec)):
         at = 0
         for i, start, stop in pieces:
             parts[i].append(bucket[at : at + stop - start])
@@ -175,7 +175,7 @@ def _whole_leaves(counts: dict[int, int], limit: int) -> tuple[tuple[int, ...], 
     return (*groups, tuple(group)) if group else tuple(groups)
 
 
-def _pieces(spec: BucketSpec) -> list[list[tuple[int, int, int]]]:
+def pieces_of(spec: BucketSpec) -> list[list[tuple[int, int, int]]]:
     """For each bucket (leaf, start, stop) of the parts of flat leaves that lie in it, in order."""
     counts = {i: int(np.prod(spec.shapes[i], dtype=np.int64)) for i in spec.order}
     if spec.groups is not None:

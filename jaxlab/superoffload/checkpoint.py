@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from jaxlab import core
 from jaxlab.superoffload.engine import SuperOffload, TrainState
-from jaxlab.superoffload.layout import Layout
+from jaxlab.superoffload.layout import Layout, lengths_of
 
 
 class EngineCheckpointer(core.Checkpointer):
@@ -74,13 +74,13 @@ class EngineCheckpointer(core.Checkpointer):
                 f"{where}: within an update of {told['steps_per_update']} batches, expected steps_per_update to be "
                 f"that, got {engine.config.steps_per_update}"
             )
-        sizes = [segment["sizes"] for segment in saved]
-        flat = [size + -size % told["ranks"] for segment in sizes for size in segment]
+        lengths, ranks = [segment["buckets"] for segment in saved], told["ranks"]
+        flat = [sum(-(-n // ranks) * ranks for n in pieces) for segment in lengths for pieces in segment]
         buckets = [jax.ShapeDtypeStruct((n,), jnp.float32, sharding=layout.partition.on_hosts(n)) for n in flat]
         wanted = {name: buckets if getattr(like.master, name) else () for name in "pmv"}
         wanted |= _beside(like, layout) | {"accumulated": buckets if told["within"] else ()}
         found, _ = super().restore(wanted, step)
-        cut = layout.partition.on_all_hosts(lambda buckets: layout.cut_again(buckets, sizes))
+        cut = layout.partition.on_all_hosts(lambda buckets: layout.cut_again(buckets, lengths, ranks))
 
         def placed(buckets: Sequence[Array], like: Sequence[Array]) -> tuple[Array, ...]:
             made = cut(buckets) if buckets else ()
@@ -117,9 +117,9 @@ def _with_frozen(params: PyTree, frozen: Sequence[Any], layout: Layout) -> PyTre
 
 
 def _told(layout: Layout) -> list[dict[str, Any]]:
-    """For JSON, by segment: sizes of the buckets, and the leaves in them, in order."""
+    """For JSON, by segment: the leaves in order, and the pieces in which they lie in the buckets."""
     return [
-        {"sizes": list(spec.sizes), "leaves": [[spec.paths[i], list(spec.shapes[i])] for i in spec.order]}
+        {"buckets": lengths_of(spec), "leaves": [[spec.paths[i], list(spec.shapes[i])] for i in spec.order]}
         for spec in layout.specs
     ]
 

@@ -162,7 +162,7 @@ class SuperOffload:
         self._layout = layout = Layout.of(
             params, pieces, partition, bucket_bytes=config.bucket_bytes, split=config.split
         )
-        self._resident = self._on_accelerator(len(layout.sizes))
+        self._resident = self._on_accelerator(len(layout.places))
         self._compile(layout)
         params = partition.replicate(params)
         p = tuple(

@@ -11,15 +11,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxlab.superoffload.bucket import BucketSpec, flatten, make_buckets, unflatten
-from jaxlab.superoffload.partition import Partition
+from jaxlab.superoffload.bucket import BucketSpec, flatten, make_buckets, pieces_of, unflatten
+from jaxlab.superoffload.partition import Partition, uncut
 
 Gradients = Iterable[tuple[int, tuple[Array, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The buckets of a tree of parameters, filled up to whole slices.
+    """The buckets of a tree of parameters, cut into slices.
 
     Attributes:
       specs: of each segment; one for a network that is no `Segmented`.
@@ -42,11 +42,6 @@ class Layout:
         """Segment, and number in it, of every bucket."""
         return [(s, b) for s, spec in enumerate(self.specs) for b in range(spec.n_buckets)]
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Elements of every bucket, padding included but for that of the partition."""
-        return sum((spec.sizes for spec in self.specs), ())
-
     def parts(self, tree: PyTree) -> tuple[PyTree, ...]:
         """A tree by segment.
 
@@ -56,19 +51,17 @@ class Layout:
         return _parts(tree, self.pieces)
 
     def cut(self, tree: PyTree) -> tuple[Array, ...]:
-        """The buckets of a tree, padded."""
-        flat = (flatten(part, spec) for part, spec in zip(self.parts(tree), self.specs))
-        return sum((self.partition.pad(buckets) for buckets in flat), ())
+        """The buckets of a tree, in slices."""
+        return sum((cut(part, spec, self.partition) for part, spec in zip(self.parts(tree), self.specs)), ())
 
     def join(self, buckets: Sequence[Array], like: PyTree | None = None, dtype: Any = jnp.float32) -> PyTree:
-        """The tree that whole buckets hold, in one dtype; frozen leaves come from `like`."""
+        """The tree that these buckets hold, in one dtype; frozen leaves come from `like`."""
         likes = [None] * len(self.specs) if like is None else self.parts(like)
-        whole = [bucket[:size] if bucket.shape[0] > size else bucket for bucket, size in zip(buckets, self.sizes)]
-        trees, first = [], 0
+        trees, todo = [], iter(buckets)
         for spec, part in zip(self.specs, likes):
             dtypes = tuple(jnp.dtype(dtype) if i in spec.order else found for i, found in enumerate(spec.dtypes))
-            trees.append(unflatten(whole[first : first + spec.n_buckets], replace(spec, dtypes=dtypes), part))
-            first += spec.n_buckets
+            whole = [uncut(bucket, lengths, self.partition.ranks) for lengths, bucket in zip(lengths_of(spec), todo)]
+            trees.append(unflatten(whole, replace(spec, dtypes=dtypes), part))
         return trees[0] if self.pieces is None else tuple(trees)
 
     def by_segment(self, buckets: Sequence[Array]) -> list[tuple[int, tuple[Array, ...]]]:
@@ -78,21 +71,35 @@ class Layout:
             found[segment].append(bucket)
         return [(segment, tuple(found[segment])) for segment in reversed(range(len(found)))]
 
-    def cut_again(self, buckets: Sequence[Array], sizes: Sequence[Sequence[int]]) -> tuple[Array, ...]:
-        """The buckets of the same parameters in another layout, whose sizes by segment are given, padded as here."""
+    def cut_again(
+        self, buckets: Sequence[Array], lengths: Sequence[Sequence[Sequence[int]]], ranks: int
+    ) -> tuple[Array, ...]:
+        """The buckets of the same parameters in another layout, of which lengths by segment and ranks are given."""
         made: tuple[Array, ...] = ()
         todo = iter(buckets)
-        for spec, old in zip(self.specs, sizes):
-            parts = [bucket[:size] for size, bucket in zip(old, todo)]
+        for spec, old in zip(self.specs, lengths):
+            parts = [uncut(bucket, pieces, ranks) for pieces, bucket in zip(old, todo)]
             if not parts:
                 continue
             flat = jnp.pad(jnp.concatenate(parts)[: spec.numel], (0, sum(spec.sizes) - spec.numel))
-            made += self.partition.pad(jnp.split(flat, np.cumsum(spec.sizes)[:-1]))
+            new = zip(jnp.split(flat, np.cumsum(spec.sizes)[:-1]), lengths_of(spec))
+            made += tuple(self.partition.cut(bucket, pieces) for bucket, pieces in new)
         return made
 
     def trained(self) -> "Layout":
         """The same buckets, of a tree with `optax.MaskedNode` in the places of frozen leaves."""
         return replace(self, specs=tuple(_trained(spec) for spec in self.specs))
+
+
+def cut(tree: PyTree, spec: BucketSpec, partition: Partition) -> tuple[Array, ...]:
+    """One segment's buckets, in slices."""
+    return tuple(partition.cut(bucket, lengths) for bucket, lengths in zip(flatten(tree, spec), lengths_of(spec)))
+
+
+def lengths_of(spec: BucketSpec) -> list[list[int]]:
+    """Elements of the pieces of leaves in each bucket; the padding is one more piece."""
+    pieces = [[stop - start for _, start, stop in bucket] for bucket in pieces_of(spec)]
+    return [[*found, size - sum(found)] if size > sum(found) else found for found, size in zip(pieces, spec.sizes)]
 
 
 def _parts(tree: PyTree, pieces: int | None) -> tuple[PyTree, ...]:

@@ -1,7 +1,7 @@
 """ZeRO over a mesh (arXiv:1910.02054): each rank owns one slice of every bucket, the hosts keep the slices of theirs.
 
-A bucket is filled with zeros to a multiple of the ranks. On the mesh rank r has slice r; in host memory a process has
-the slices of its own ranks end to end, in one array, so that one host step serves all of them. Among several processes
+A bucket is cut into equal slices, of which rank r has slice r on the mesh; in host memory a process has the slices of
+its own ranks end to end, in one array, so that one host step serves all of them. Among several processes
 these arrays are the shards of a global one, over a mesh of one CPU a process.
 """
 
@@ -59,9 +59,16 @@ class Partition:
             cpus = [next(d for d in jax.devices("cpu") if d.process_index == process) for process in self._order]
             self._hosts = NamedSharding(Mesh(np.array(cpus), ("process",)), PartitionSpec("process"))
 
-    def pad(self, buckets: Sequence[Float[Array, " _"]]) -> tuple[Array, ...]:
-        """Zeros up to a multiple of the ranks."""
-        return tuple(jnp.pad(x, (0, -x.shape[0] % self.ranks)) if x.shape[0] % self.ranks else x for x in buckets)
+    def cut(self, bucket: Float[Array, " n"], lengths: Sequence[int]) -> Float[Array, " m"]:
+        """A bucket in slices: of each of its pieces, filled up with zeros, every rank has an equal part.
+
+        As leaves are cut, and not what they are joined to, their gradients can be summed straight into the parts.
+        """
+        if self.ranks == 1:
+            return bucket
+        pieces = jnp.split(bucket, np.cumsum(lengths)[:-1])
+        rows = [jnp.pad(x, (0, -x.shape[0] % self.ranks)).reshape(self.ranks, -1) for x in pieces]
+        return jnp.concatenate(rows, axis=1).reshape(-1)
 
     def local(self, bucket: Array) -> Array:
         """This process's slices of a bucket, on its host; of one on the mesh, they are copied there."""
@@ -158,3 +165,12 @@ class Partition:
         specs = {"in_specs": (axes, PartitionSpec()), "out_specs": PartitionSpec()}
         function = functools.partial(function, axis_name=self.mesh.axis_names)
         return jax.jit(jax.shard_map(function, mesh=self.mesh, **specs, check_vma=False))
+
+
+def uncut(bucket: Float[Array, " m"], lengths: Sequence[int], ranks: int) -> Float[Array, " n"]:
+    """The bucket that `Partition.cut` cut for so many ranks."""
+    if ranks == 1:
+        return bucket
+    widths = [-(-length // ranks) for length in lengths]
+    columns = jnp.split(bucket.reshape(ranks, -1), np.cumsum(widths)[:-1], axis=1)
+    return jnp.concatenate([x.reshape(-1)[:length] for x, length in zip(columns, lengths)])

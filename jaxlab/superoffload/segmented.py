@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxlab.superoffload.bucket import BucketSpec, flatten
+from jaxlab.superoffload.bucket import BucketSpec
+from jaxlab.superoffload.layout import cut
 from jaxlab.superoffload.partition import Partition
 
 
@@ -62,15 +63,12 @@ class Backward:
 
             return over_mesh
 
-        def cut(tree: PyTree, spec: BucketSpec) -> tuple[Array, ...]:
-            return partition.pad(flatten(tree, spec))
-
         self._forward = [compiled(fn) for fn in pieces]
         self._pullbacks = [
-            compiled(_pullback(fn, spec, cut, first=i == 0), sliced, None)
+            compiled(_pullback(fn, spec, partition, first=i == 0), sliced, None)
             for i, (fn, spec) in enumerate(zip(pieces, specs))
         ]
-        self._head = compiled(_head_gradients(head, specs[-1], cut), partition.replicated, sliced, None)
+        self._head = compiled(_head_gradients(head, specs[-1], partition), partition.replicated, sliced, None)
 
     def __call__(self, params: Sequence[PyTree], batch: PyTree, scale: Any) -> tuple[Array, Gradients]:
         """The loss, and an iterator over (segment, gradient buckets of `scale` times the loss), last segment first."""
@@ -90,7 +88,7 @@ class Backward:
         return loss, gradients()
 
 
-def _head_gradients(head: Callable[..., Any], spec: BucketSpec, cut: Callable[..., Any]) -> Callable[..., Any]:
+def _head_gradients(head: Callable[..., Any], spec: BucketSpec, partition: Partition) -> Callable[..., Any]:
     def run(params: PyTree, x: Any, batch: PyTree, scale: Any) -> tuple[Array, tuple[Array, ...], Any]:
         join, trained = _split(params, spec)
 
@@ -99,19 +97,19 @@ def _head_gradients(head: Callable[..., Any], spec: BucketSpec, cut: Callable[..
             return loss.astype(jnp.float32) * scale, loss
 
         (_, loss), (grads, cotangent) = jax.value_and_grad(scaled, (0, 1), has_aux=True)(trained, x)
-        return loss, cut(join(grads), spec), cotangent
+        return loss, cut(join(grads), spec, partition), cotangent
 
     return run
 
 
-def _pullback(fn: Callable[..., Any], spec: BucketSpec, cut: Callable[..., Any], *, first: bool) -> Callable[..., Any]:
+def _pullback(fn: Callable[..., Any], spec: BucketSpec, partition: Partition, *, first: bool) -> Callable[..., Any]:
     def run(params: PyTree, x: Any, cotangent: Any) -> tuple[tuple[Array, ...], Any]:
         join, trained = _split(params, spec)
         if first:  # nobody wants the gradient of the batch
             (grads,) = jax.vjp(lambda trained: fn(join(trained), x), trained)[1](cotangent)
-            return cut(join(grads), spec), None
+            return cut(join(grads), spec, partition), None
         grads, before = jax.vjp(lambda trained, x: fn(join(trained), x), trained, x)[1](cotangent)
-        return cut(join(grads), spec), before
+        return cut(join(grads), spec, partition), before
 
     return run
 
