@@ -198,6 +198,20 @@ def test_gradients_from_elsewhere_and_frozen_leaves():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), engine.master(state), want)
 
 
+def test_a_leaf_that_is_a_bucket_is_not_overwritten():
+    """Neither the caller's array nor the live one is memory that a later step takes."""
+    params = {"w": jnp.ones(128)}
+    settings = {"bucket_bytes": 4 * 128, "compute_dtype": "float32"}
+    with so.SuperOffload(lambda p, x: jnp.sum(p["w"] * x), HYPER, so.SuperOffloadConfig(**settings)) as engine:
+        state, live = engine.init(params), []
+        for _ in range(3):
+            state, _ = engine.train_step(state, jnp.ones(128))
+            live.append((state.params["w"], np.array(state.params["w"])))
+    np.testing.assert_array_equal(params["w"], np.ones(128))
+    for array, then in live:
+        np.testing.assert_array_equal(array, then)
+
+
 def test_fit_drives_the_engine():
     with so.SuperOffload(mlp, HYPER, so.SuperOffloadConfig(bucket_bytes=BUCKET)) as engine:
         state = fit(engine.init(mlp_params()), engine.train_step, mlp_batches(3), steps=3)
