@@ -172,7 +172,8 @@ class SuperOffload:
         if self._tx is not None:
             moments, opt_state = (), self._tx.init(layout.trained().join(p))
         zeros = lambda buckets: tuple(jnp.zeros(x.shape, jnp.float32, device=x.sharding) for x in buckets)  # noqa: E731
-        total = zeros(self._cut(params)) if config.steps_per_update > 1 else ()
+        window = p if config.steps_per_update > 1 else ()
+        total = tuple(jnp.zeros(x.shape, jnp.float32, device=partition.sliced) for x in window)
         scaler = None if config.loss_scale is None else init_loss_scale(config.loss_scale)
         zero = jnp.zeros((), jnp.int32)
         master = SpeculativeState(p, zeros(moments), zeros(moments), jnp.copy(zero))

@@ -1,8 +1,8 @@
 """ZeRO over a mesh (arXiv:1910.02054): each rank owns one slice of every bucket, the hosts keep the slices of theirs.
 
 A bucket is cut into equal slices, of which rank r has slice r on the mesh; in host memory a process has the slices of
-its own ranks end to end, in one array, so that one host step serves all of them. Among several processes
-these arrays are the shards of a global one, over a mesh of one CPU a process.
+its own ranks end to end, in one array, so that one host step serves all of them. Among several processes these arrays
+are the shards of a global one, over a mesh of one CPU a process.
 """
 
 import functools
@@ -51,12 +51,12 @@ class Partition:
         self.sliced = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self.replicated = NamedSharding(mesh, PartitionSpec())
         owners = [device.process_index for device in mesh.devices.flat]
-        self._order = list(dict.fromkeys(owners))
-        self.processes = len(self._order)
-        if owners != list(np.repeat(self._order, len(owners) // self.processes)):
+        order = list(dict.fromkeys(owners))
+        self.processes = len(order)
+        if owners != list(np.repeat(order, len(owners) // self.processes)):
             raise ValueError(f"mesh: expected equally many neighbouring devices of each process, got those of {owners}")
         if self.processes > 1:
-            cpus = [next(d for d in jax.devices("cpu") if d.process_index == process) for process in self._order]
+            cpus = [next(d for d in jax.devices("cpu") if d.process_index == process) for process in order]
             self._hosts = NamedSharding(Mesh(np.array(cpus), ("process",)), PartitionSpec("process"))
 
     def cut(self, bucket: Float[Array, " n"], lengths: Sequence[int]) -> Float[Array, " m"]:
@@ -74,7 +74,7 @@ class Partition:
         """This process's slices of a bucket, on its host; of one on the mesh, they are copied there."""
         if bucket.sharding == self._hosts:
             return bucket.addressable_shards[0].data
-        if self.mesh is None or self.ranks == 1 or bucket.sharding != self.sliced:
+        if self.sliced is None or not bucket.sharding.is_equivalent_to(self.sliced, 1):
             return jax.device_put(bucket, self.host)
         shards = sorted(bucket.addressable_shards, key=lambda shard: shard.index[0].start or 0)
         slices = [jax.device_put(shard.data, self.host) for shard in shards]
@@ -107,7 +107,7 @@ class Partition:
 
     def lay(self, bucket: Array, sharding: Sharding) -> Array:
         """A bucket on the hosts, where `sharding` says: it stays, or goes to the ranks."""
-        return bucket if bucket.sharding == sharding else self.on_device(self.local(bucket))
+        return bucket if bucket.sharding.is_equivalent_to(sharding, 1) else self.on_device(self.local(bucket))
 
     def whole(self, bucket: Array) -> Array:
         """All of a bucket on this host; collective."""

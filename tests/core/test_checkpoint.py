@@ -63,7 +63,7 @@ def test_a_training_state_comes_back(saved):
     state = _state()
     got, extra = Checkpointer(saved).restore(_state(seed=1))
     _assert_equal(got, state)
-    assert extra == {"position": 3}
+    assert extra == Checkpointer(saved).extra() == {"position": 3}
     assert jax.random.key_impl(got.rng) == jax.random.key_impl(state.rng)
     # `like` may be abstract; a Python number then comes back as the array that it is there.
     got, _ = Checkpointer(saved).restore(jax.eval_shape(lambda: _state()))
@@ -130,6 +130,8 @@ def test_keeps_the_newest(tmp_path):
 
 
 def test_nothing_to_restore(tmp_path, saved):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        Checkpointer(tmp_path).extra()
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         Checkpointer(tmp_path / "absent").restore({})
     (tmp_path / "12").mkdir()
