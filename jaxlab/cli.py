@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,20 +119,24 @@ def train(
     config: Annotated[str, typer.Argument(help="A training config (YAML).")],
     folder: Annotated[Path, typer.Argument(help="Gets metrics.jsonl, checkpoints, and report.json.")],
     overrides: _Overrides = None,
+    offload: Annotated[
+        str, typer.Option(help="superoffload: Adam on the host; its settings are overrides offload.a=value.")
+    ] = "",
 ) -> None:
     """Train a language model; the same command again resumes where it was killed."""
     from jaxlab.core import distributed, find_config
 
     distributed.initialize()
-    from jaxlab.training import TrainConfig
-    from jaxlab.training import train as run
+    from jaxlab import training
 
     with _usage("CONFIG"):
         path = find_config(config)
         function = recipes.recipe_of(recipes.system_of(path)).run
-        if not issubclass(recipes.config_class(function), TrainConfig):
+        if not issubclass(recipes.config_class(function), training.TrainConfig):
             raise ValueError(f"{config} is {recipes.system_of(path)}'s; run it by jaxlab {recipes.system_of(path)} run")
-        settings = recipes.load(function, path, overrides or ())
+        of_offload = [each for each in overrides or () if offload and each.startswith("offload.")]
+        run = _offloaded(offload, of_offload) if offload else training.train
+        settings = recipes.load(function, path, [each for each in overrides or () if each not in of_offload])
     report = run(settings, folder)
     if distributed.is_main():
         report.save(folder)
@@ -268,6 +272,17 @@ def _recipe_app(name: str) -> typer.Typer:
         _show(report, where)
 
     return verbs
+
+
+def _offloaded(name: str, overrides: Sequence[str]) -> Callable[[Any, Path], "Report"]:
+    """`training.train` by a system that offloads."""
+    if name != "superoffload":
+        raise ValueError(f"--offload: expected superoffload, got {name!r}")
+    from jaxlab.core import load_config
+    from jaxlab.superoffload import SuperOffloadConfig, trainer
+
+    settings = load_config(SuperOffloadConfig, None, [each.removeprefix("offload.") for each in overrides])
+    return lambda config, folder: trainer.train(config, folder, settings)
 
 
 def _axes(text: str) -> dict[str, int]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxlab.training.adamw import OptimizerConfig, decay_mask, learning_rate_schedule, optimizer
     from jaxlab.training.loop import fit
     from jaxlab.training.loss import Loss, LossOutput, cross_entropy, lm_loss, perplexity
-    from jaxlab.training.run import TrainConfig, plan, train, trained
+    from jaxlab.training.run import TrainConfig, Trainer, plan, train, trained
     from jaxlab.training.step import TrainState, make_train_step
     from jaxlab.training.text import TextBatches, TokenBatch, documents, split_documents, text_batches
 
@@ -36,6 +36,7 @@ __all__ = [
     "TokenBatch",
     "TrainConfig",
     "TrainState",
+    "Trainer",
     "cross_entropy",
     "decay_mask",
     "documents",
@@ -58,7 +59,7 @@ __getattr__, __dir__ = lazy.attach(
         "adamw": ("OptimizerConfig", "decay_mask", "learning_rate_schedule", "optimizer"),
         "loop": ("fit",),
         "loss": ("Loss", "LossOutput", "cross_entropy", "lm_loss", "perplexity"),
-        "run": ("TrainConfig", "plan", "train", "trained"),
+        "run": ("TrainConfig", "Trainer", "plan", "train", "trained"),
         "step": ("TrainState", "make_train_step"),
         "text": ("TextBatches", "TokenBatch", "documents", "split_documents", "text_batches"),
     },

@@ -112,7 +112,7 @@ def _cross_entropy_backward(chunks, residuals, cotangents):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _sharded_cross_entropy(
+def chunked_cross_entropy(
     hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`cross_entropy` in as many chunks as its logits need, each device of the mesh in force on its own tokens.
@@ -220,7 +220,7 @@ class LMLoss:
             rngs=None if rng is None else {"mlp": rng},
         )
         head = head_weight(params).astype(out.hidden.dtype)
-        total, hits = _sharded_cross_entropy(out.hidden, head, batch.targets, batch.weights)
+        total, hits = chunked_cross_entropy(out.hidden, head, batch.targets, batch.weights)
         weight = jnp.sum(batch.weights)
         total = total + weight * router_loss(out.aux, self.aux_loss_coef, self.z_loss_coef)
         routing = {name: weight * value for name, value in router_metrics(out.aux).items()}

@@ -1,12 +1,13 @@
 """A whole training run from one config, and the plan of its step for machines that are not here."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ class TrainConfig:
             object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, steps=self.steps))
 
 
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What makes the steps of a run: the usual ones, or those of a system that trains in another way.
+
+    Attributes:
+        state: Before the first step; a pytree with `step`.
+        step: (state, batch) -> (state, metrics); the state passed in is consumed.
+        params: state -> the parameters that are validated and saved, as the decoder takes them.
+        settings: JSON that decides the numbers beside the `TrainConfig`: a folder goes on under the same only.
+    """
+
+    state: Any
+    step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
+    params: Callable[[Any], Any]
+    settings: Any = None
+
+
 def _tokenizer(source: str) -> Any:
     from jaxlab.models import ByteTokenizer, load_tokenizer
 
@@ -154,16 +172,16 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return mine
 
 
-def _check_folder(config: TrainConfig, folder: Path) -> None:
+def _check_folder(config: TrainConfig, folder: Path, trainer: Any) -> None:
     """A folder belongs to one run: going on with other settings would silently give a mixture.
 
     `steps` may grow; how often something is saved or measured, and where and how the layers run, may change.
     """
     path = folder / "train.json"
     free = ("steps", *_FREE)
-    mine = _identity(config)
+    mine = _identity(config) | {"trainer": trainer}
     if path.exists():
-        usual = _identity(TrainConfig(config.model, length=1))
+        usual = _identity(TrainConfig(config.model, length=1)) | {"trainer": None}
         saved = json.loads(path.read_text())
         for name, value in mine.items():
             theirs = saved.get(name, usual.get(name))  # a run of before there was such a setting had the default
@@ -199,7 +217,19 @@ class _Logger(core.MetricsLogger):
         super().log(step, values)
 
 
-def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
+@contextlib.contextmanager
+def _usual(config: TrainConfig, loss: LMLoss) -> Iterator[Trainer]:
+    mesh, tx = _mesh(config), optimizer(config.optimizer)
+    step = make_train_step(loss, tx, accumulate=config.accumulate, mesh=mesh, shard_optimizer=config.shard_optimizer)
+    yield Trainer(_initial_state(config, loss, tx, mesh), step, lambda state: state.params)
+
+
+def train(
+    config: TrainConfig,
+    folder: str | os.PathLike,
+    *,
+    trainer: Callable[[TrainConfig, LMLoss], contextlib.AbstractContextManager[Trainer]] = _usual,
+) -> core.Report:
     """Trains a decoder on text. Called again on the same folder it goes on from the latest checkpoint.
 
     `folder` gets `metrics.jsonl` (`step`, `loss`, `grad_norm`, `tokens_per_s`, `accuracy`, routing where there is any),
@@ -209,6 +239,7 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
     Args:
         config: The run.
         folder: Where everything is kept; belongs to this config.
+        trainer: Opens what makes the steps, for the decoder's loss; `jaxlab.superoffload` has another one.
 
     Returns:
         Loss curve, final loss, validation perplexity, throughput.
@@ -219,23 +250,22 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
     from jaxlab.models import save_pretrained
 
     folder = Path(folder)
-    tokenizer, mesh, tx = _tokenizer(config.tokenizer), _mesh(config), optimizer(config.optimizer)
+    tokenizer, mesh = _tokenizer(config.tokenizer), _mesh(config)
     model, loss = _network(config, mesh)
     batches = _batches(config, tokenizer, "train", mesh)
     held_out = _batches(config, tokenizer, "validation", mesh)
-    _check_folder(config, folder)
     start = held_out.state()
+    with trainer(config, loss) as made, _Logger(folder, config, 1 if mesh is None else mesh.size) as logger:
+        _check_folder(config, folder, made.settings)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        held_out.restore(start)
-        batches = itertools.islice(held_out, config.eval_batches or None)
-        return {"validation_perplexity": perplexity(model, state.params, batches)}
+        def evaluate(state: Any) -> dict[str, float]:
+            held_out.restore(start)
+            batches = itertools.islice(held_out, config.eval_batches or None)
+            return {"validation_perplexity": perplexity(model, made.params(state), batches)}
 
-    step = make_train_step(loss, tx, accumulate=config.accumulate, mesh=mesh, shard_optimizer=config.shard_optimizer)
-    with _Logger(folder, config, 1 if mesh is None else mesh.size) as logger:
         state = fit(
-            _initial_state(config, loss, tx, mesh),
-            step,
+            made.state,
+            made.step,
             batches,
             steps=config.steps,
             checkpointer=core.Checkpointer(folder / "checkpoints"),
@@ -244,8 +274,9 @@ def train(config: TrainConfig, folder: str | os.PathLike) -> core.Report:
             evaluate=evaluate,
             evaluate_every=config.eval_every,
         )
-    save_pretrained(folder / "model", model, state.params, tokenizer=tokenizer)
-    report = _report(config, folder, state)
+        params = made.params(state)
+    save_pretrained(folder / "model", model, params, tokenizer=tokenizer)
+    report = _report(config, folder, int(state.step), params)
     if core.distributed.is_main():
         report.save(folder)
     return report
@@ -269,12 +300,12 @@ def trained(config: TrainConfig, folder: str | os.PathLike) -> Path:
     return run / "model"
 
 
-def _report(config: TrainConfig, folder: Path, state: TrainState) -> core.Report:
+def _report(config: TrainConfig, folder: Path, steps_made: int, params: Any) -> core.Report:
     rows = core.jsonl.read(folder / "metrics.jsonl") if core.distributed.is_main() else []
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "validation_perplexity" in row]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    metrics: dict[str, float | str] = {"parameters": parameters, "steps": int(state.step)}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    metrics: dict[str, float | str] = {"parameters": parameters, "steps": steps_made}
     if steps:
         rates = sorted(row["tokens_per_s"] for row in steps)
         metrics |= {
@@ -291,7 +322,7 @@ def _report(config: TrainConfig, folder: Path, state: TrainState) -> core.Report
         metrics=metrics,
         plots=(("Loss, nats a token", _curve(steps, evaluations)),) if steps else (),
         notes=(
-            f"{int(state.step)} steps of {config.batch_size} x {config.length} tokens, tokenizer {config.tokenizer}; "
+            f"{steps_made} steps of {config.batch_size} x {config.length} tokens, tokenizer {config.tokenizer}; "
             "tokens per second is the median step's. Validation documents were held out by a hash of their names.",
         ),
     )

@@ -306,16 +306,30 @@ class Decoder(nn.Module):
             positions = _count(batch, length, segment_ids)
         x = self.embed(tokens) if embeddings is None else embeddings.astype(jnp.dtype(config.dtype))
         x = constrain(x, ("batch", "sequence", None))
-        cos, sin = self._rope(positions if rope_positions is None else rope_positions)
+        rope_positions = positions if rope_positions is None else rope_positions
+        x, cache, aux = self.layers(x, positions, segment_ids, cache, rope_positions=rope_positions, train=train)
+        hidden = self.final_norm(x)
+        return DecoderOutput(self.unembed(hidden), hidden, cache, aux)
 
+    def layers(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None,
+        cache: Cache | None = None,
+        *,
+        rope_positions: Int[Array, "b t"] | Int[Array, "3 b t"],
+        train: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Cache | None, dict[str, Any]]:
+        """What lies between the embedding and the last norm: the residual stream after all layers, the cache, `aux`."""
+        cos, sin = self._rope(rope_positions)
         aux = {}
-        for index, (stack, run) in enumerate(zip(self.blocks, config.layer_runs())):
+        for index, (stack, run) in enumerate(zip(self.blocks, self.config.layer_runs())):
             attend = self._attend(positions, segment_ids, run.window)
             x, cache, report = stack(x, cache, cos, sin, attend, train=train)
             if report is not None:
                 aux[f"blocks_{index}"] = report
-        hidden = self.final_norm(x)
-        return DecoderOutput(self.unembed(hidden), hidden, cache, aux)
+        return x, cache, aux
 
     def unembed(self, hidden: Float[ArrayLike, "*batch d"]) -> Float[Array, "*batch v"]:
         """Logits, float32, of final hidden states."""
