@@ -21,8 +21,7 @@ SIZES = {
 }
 BATCH, LENGTH, DEVICES = 4, 1024, 8
 LENGTHS = tuple(1 << n for n in range(17, 23))
-# Host bytes a parameter that no program shows: float32 master, m and v, and the residual undo log of SuperOffload.
-_COUNTED = {"gpu_only": 0, "zero_offload": 12, "superoffload": 12 + 3}
+_METHODS = ("gpu_only", "zero_offload", "superoffload")
 _OPTIONS = {"xla_backend_optimization_level": 0}  # only buffers and the schedule are read
 _IN_FLIGHT = "xla_gpu_experimental_parallel_async_compute_limit"
 
@@ -42,7 +41,7 @@ def _sizes() -> Iterator[Item]:
         "on the host (12 bytes a parameter) and superoffload's undo log (3) are counted, not compiled"
     )
     for name in SIZES:
-        for method in _COUNTED:
+        for method in _METHODS:
             yield Item(
                 name=f"{name}, {method}",
                 table=title,
@@ -96,32 +95,29 @@ def _size_row(name: str, method: str) -> dict[str, Any]:
         from jaxlab.training import TrainConfig, plan
 
         whole = dataclasses.replace(config, param_dtype="float32")
-        made, host = plan(TrainConfig(model=whole, batch_size=BATCH, length=LENGTH), target("gh200")), 0
+        made = plan(TrainConfig(model=whole, batch_size=BATCH, length=LENGTH), target("gh200"))
     else:
-        made, host = _step(config, method, batch=BATCH, length=LENGTH)
+        made = _step(config, method, batch=BATCH, length=LENGTH)
     count = parameter_count(config).total
     return {
         "model": name,
         "parameters, B": count / 1e9,
         "method": method,
-        **_places(made, host + _COUNTED[method] * count),
+        **_places(made),
     }
 
 
 def _length_row(method: str, length: int) -> dict[str, Any]:
-    from jaxlab.models.cost import parameter_count
-
-    config = _config("13B")
-    made, host = _step(config, method, batch=1, length=length, devices=DEVICES, offload_inputs=method == "superoffload")
-    if method != "ulysses":
-        host += _COUNTED["superoffload"] * parameter_count(config).total // DEVICES
-    return {"method": _LONG[method], "tokens, K": length >> 10, **_places(made, host)}
+    kind, offload_inputs = ("superoffload", method == "superoffload") if method != "ulysses" else (method, False)
+    made = _step(_config("13B"), kind, batch=1, length=length, devices=DEVICES, offload_inputs=offload_inputs)
+    return {"method": _LONG[method], "tokens, K": length >> 10, **_places(made)}
 
 
-def _places(made: Any, host: int) -> dict[str, Any]:
+def _places(made: Any) -> dict[str, Any]:
     from jaxlab.superoffload.machine import get_machine
     from jaxlab.superoffload.memory import usable
 
+    host = made.bytes.get("host", 0)
     return {
         "device": made.bytes["total"] / 1e9,
         "host": host / 1e9,
@@ -148,97 +144,18 @@ def _config(name: str) -> Any:
     )
 
 
-def _step(
-    config: Any,
-    method: str,
-    *,
-    batch: int,
-    length: int,
-    devices: int = 1,
-    offload_inputs: bool = False,
-    options: dict[str, Any] | None = None,
-) -> tuple[Any, int]:
-    """The plan of a step (forward, backward, and AdamW where it is on the GPU), and host bytes of its arrays."""
-    import jax
-    import jax.numpy as jnp
-    from flax import linen as nn
-    from jax.sharding import NamedSharding, PartitionSpec
-
+def _step(config: Any, method: str, *, batch: int, length: int, devices: int = 1, **settings: Any) -> Any:
     from jaxlab.core import plan
-    from jaxlab.core.mesh import DEFAULT_RULES, shardings
-    from jaxlab.models.decoder import Decoder, abstract_params
-    from jaxlab.superoffload.placement import offload_tree
-    from jaxlab.superoffload.stack import OffloadedScan
-    from jaxlab.superoffload.ulysses import UlyssesAttention
-    from jaxlab.training import TokenBatch, lm_loss
-    from jaxlab.training.adamw import OptimizerConfig, optimizer
+    from jaxlab.superoffload.compiled import compile_step
 
-    on_gpu = method == "ulysses"
     over = plan.target("gh200", f"1x{devices}x1", {"sequence": devices})
-    model = Decoder(
-        dataclasses.replace(config, param_dtype="float32") if on_gpu else config,
-        attention=UlyssesAttention() if devices > 1 else None,
-        repeat=None if on_gpu or method == "zero_offload" else OffloadedScan(offload_inputs),
-    )
-    boxed = abstract_params(model)
-    places = shardings(boxed, over.mesh, (("embed", "sequence"), *DEFAULT_RULES))  # ZeRO-3 over the same devices
-    params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), nn.meta.unbox(boxed), places)
-    part = NamedSharding(over.mesh, PartitionSpec(None, "sequence"))
-    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=part)
-    given = TokenBatch(ids, ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=part))
-    loss = lm_loss(model)
-
-    def gradients(params, given):
-        def mean(params):
-            out = loss(params, given, None)
-            return out.total / out.weight
-
-        return jax.value_and_grad(mean)(params)
-
-    if on_gpu:
-        tx = optimizer(OptimizerConfig())
-        like = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(params)}
-        everywhere = NamedSharding(over.mesh, PartitionSpec())
-        state = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.get(leaf.shape, everywhere)),
-            jax.eval_shape(tx.init, params),
-        )
-
-        def update(params, state, given):
-            value, grads = gradients(params, given)
-            grads = jax.lax.with_sharding_constraint(grads, places)
-            updates, state = tx.update(grads, state, params)
-            return value, jax.tree.map(jnp.add, params, updates), state
-
-        labels = ("parameters", "optimizer", "input")
-        return plan.compile(
-            update, params, state, given, target=over, labels=labels, donate_argnums=(0, 1), options=_OPTIONS
-        ), 0
-    if method == "zero_offload":
-        gradients_lie, weights = offload_tree(params), params
-    else:
-        gradients_lie = weights = {**params, "blocks_0": offload_tree(params["blocks_0"])}
-    step = jax.jit(gradients, out_shardings=(None, jax.tree.map(lambda leaf: leaf.sharding, gradients_lie)))
-    made = plan.compile(step, weights, given, target=over, labels=("parameters", "input"), options=options or _OPTIONS)
-    host = sum(_on_host(tree) for tree in (weights, gradients_lie))
-    if offload_inputs:
-        host += 2 * config.num_hidden_layers * config.hidden_size * batch * length // devices
-    return made, host
-
-
-def _on_host(tree: Any) -> int:
-    import jax
-
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        if leaf.sharding.memory_kind == "pinned_host"
-    )
+    settings = {"options": _OPTIONS, **settings}
+    return compile_step(config, over, method, batch=batch, length=length, **settings)
 
 
 def _fetch_row(limit: int) -> dict[str, Any]:
     options = {**_OPTIONS, _IN_FLIGHT: limit}
-    made, _ = _step(_config("25B"), "superoffload", batch=BATCH, length=LENGTH, options=options)
+    made = _step(_config("25B"), "superoffload", batch=BATCH, length=LENGTH, options=options)
     loops = [_hidden(computation) for computation in made.hlo.split("\n}\n") if "ENTRY" not in computation]
     forward, backward = (loop for loop in loops if loop is not None)
     return {"in flight": limit, "forward": forward, "backward": backward, "device": made.bytes["total"] / 1e9}

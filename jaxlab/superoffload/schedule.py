@@ -79,7 +79,7 @@ def run(tasks: Sequence[Task]) -> list[tuple[float, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A training step in the steady state, modelled, not measured.
+    """A training step: in the steady state as `simulate` models it, or as `TimedSuperOffload` measured it.
 
     Attributes:
         step_time: seconds from the start of one forward pass to that of the next.
@@ -87,12 +87,14 @@ class Schedule:
         gpu_idle: share of the step in which the GPU computes nothing.
         lanes: lane -> (label, start, end) in seconds from the start of the forward pass. What belongs to the step may
             end after the next one has begun.
+        source: "modelled" or "measured"; pictures say it.
     """
 
     step_time: float
     tflops: float
     gpu_idle: float
     lanes: dict[str, Intervals]
+    source: str = "modelled"
 
     def to_json(self) -> str:
         """The fields as JSON text."""
@@ -109,7 +111,8 @@ class Schedule:
         until = max([self.step_time, *(end for lane in self.lanes.values() for _, _, end in lane)])
         margin = max(map(len, self.lanes))
         lines = [
-            f"step {1e3 * self.step_time:.1f} ms, {self.tflops:.1f} TFLOP/s, GPU idle {self.gpu_idle:.1%} (modelled)"
+            f"step {1e3 * self.step_time:.1f} ms, {self.tflops:.1f} TFLOP/s, GPU idle {self.gpu_idle:.1%} "
+            f"({self.source})"
         ]
         for lane, intervals in self.lanes.items():
             columns: list[dict[str, float]] = [{} for _ in range(width)]
@@ -140,8 +143,9 @@ class Schedule:
             axes.broken_barh([], (0, 0), facecolors=colour, label=kind)
         axes.axvline(1e3 * self.step_time, color="black", linewidth=0.8)
         axes.set_yticks(range(len(rows)), rows)
-        axes.set_xlabel("ms (modelled)")
-        axes.set_title(f"{1e3 * self.step_time:.0f} ms a step, {self.tflops:.0f} TFLOP/s", loc="left", fontsize=9)
+        axes.set_xlabel(f"ms ({self.source})")
+        told = f"{1e3 * self.step_time:.0f} ms a step" + (f", {self.tflops:.0f} TFLOP/s" if self.tflops >= 1 else "")
+        axes.set_title(told, loc="left", fontsize=9)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
         return drawn
 

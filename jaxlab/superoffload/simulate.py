@@ -31,7 +31,6 @@ _ADAM_FLOPS = 15
 _UNDO_BYTES = 3
 _GPU_SHARE = 0.35
 """Share of the GPU's peak that forward and backward reach: the one number fitted to the paper's ablation."""
-_VERDICT_S = 2e-5
 _STEPS = 3  # until the schedule repeats itself
 
 
@@ -56,6 +55,8 @@ def simulate(
     superchip_cast: bool = True,
     speculation: bool = True,
     repartition: bool = True,
+    bucket_bytes: int = 64 << 20,
+    verdict_s: float = 2e-5,
 ) -> Schedule:
     """A step of `model` on one device of `machine` in the steady state. A model, not a measurement.
 
@@ -72,14 +73,16 @@ def simulate(
         superchip_cast: casts where `choose_cast` says; else on the CPU.
         speculation: Adam does not wait for the verdict.
         repartition: `choose_gpu_buckets` buckets stay on the GPU; else none.
+        bucket_bytes: float32 bytes of a bucket.
+        verdict_s: seconds that the validator takes after the last gradient.
 
     Raises:
-        ValueError: unknown method.
+        ValueError: unknown method, bucket_bytes below 4 or no multiple of 4.
         CapacityError: the weights find no place on the device, staying or flowing.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
-    elements = _bucket_elements(64 << 20)
+    elements = _bucket_elements(bucket_bytes)
     if method == "superoffload":
         how = _Techniques(
             adam="fast" if fast_adam else "cpu_adam",
@@ -92,7 +95,7 @@ def simulate(
                 how, gpu_buckets=_gpu_buckets(model, machine, how, elements, _free(model, machine))
             )
     elif method == "gpu_only":
-        how = _Techniques(gpu_buckets=bucket_count(model, 64 << 20), speculation=False)
+        how = _Techniques(gpu_buckets=bucket_count(model, bucket_bytes), speculation=False)
     else:
         how = _Techniques(
             adam="torch" if method == "fsdp_offload" else "cpu_adam",
@@ -101,7 +104,7 @@ def simulate(
             flow=method != "zero_offload",
             prefetch=method != "fsdp_offload",
         )
-    return _steady_state(_Step(model, machine, how, elements))
+    return _steady_state(_Step(model, machine, how, elements, verdict_s))
 
 
 def choose_gpu_buckets(model: ModelShape, machine: Machine, *, bucket_bytes: int = 64 << 20) -> int:
@@ -187,8 +190,8 @@ def _gpu_buckets(model: ModelShape, machine: Machine, how: _Techniques, elements
 class _Step:
     """The tasks of a step, bucket by bucket, and how long each takes."""
 
-    def __init__(self, model: ModelShape, machine: Machine, how: _Techniques, elements: int):
-        self.model, self.machine, self.how = model, machine, how
+    def __init__(self, model: ModelShape, machine: Machine, how: _Techniques, elements: int, verdict_s: float = 0.0):
+        self.model, self.machine, self.how, self.verdict_s = model, machine, how, verdict_s
         whole, rest = divmod(model.n_params, elements)
         self.sizes = [elements] * whole + [rest] * (rest > 0)
         self.window = max(2, 2 * model.layer_params // elements) if how.prefetch else 1  # buckets of two layers
@@ -213,7 +216,7 @@ class _Step:
         for step in range(steps):
             last = self._forward(add, step, ready, last)
             arrived, last = self._backward(add, step, last)
-            verdict = add(step, "verdict", "validator", _VERDICT_S, last)
+            verdict = add(step, "verdict", "validator", self.verdict_s, last)
             ready = self._update(add, step, arrived, verdict)
         return made
 
