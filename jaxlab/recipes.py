@@ -35,6 +35,11 @@ SYSTEMS: dict[str, System] = {
     "puzzlemoe": System(
         "jaxlab.puzzlemoe", "Two experts in the space of one, without training.", "configs/puzzlemoe/laptop.yaml"
     ),
+    "superoffload": System(
+        "jaxlab.superoffload",
+        "Adam on the host while the GPU still works, exact under speculation.",
+        "configs/superoffload/laptop.yaml",
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 

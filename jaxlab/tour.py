@@ -29,6 +29,7 @@ RECIPES: dict[str, str] = {
     "plan": "jaxlab.foundation.layouts:configs/foundation/plan_8b.yaml",
     "xmoe": "jaxlab.xmoe.recipe:configs/xmoe/laptop.yaml",
     "puzzlemoe": "jaxlab.puzzlemoe.recipe:configs/puzzlemoe/laptop.yaml",
+    "superoffload": "jaxlab.superoffload.recipe:configs/superoffload/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 

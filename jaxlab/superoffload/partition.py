@@ -59,6 +59,12 @@ class Partition:
             cpus = [next(d for d in jax.devices("cpu") if d.process_index == process) for process in order]
             self._hosts = NamedSharding(Mesh(np.array(cpus), ("process",)), PartitionSpec("process"))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Partition) and self.mesh == other.mesh
+
+    def __hash__(self) -> int:
+        return hash(self.mesh)
+
     def cut(self, bucket: Float[Array, " n"], lengths: Sequence[int]) -> Float[Array, " m"]:
         """A bucket in slices: of each of its pieces, filled up with zeros, every rank has an equal part.
 

@@ -99,7 +99,8 @@ def decoder_pieces(loss: LMLoss, layers: int = 1) -> Pieces:
         layers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(block["blocks_0"] for block in blocks))
         return {**first, "blocks_0": layers, **last}
 
-    fns = (embed, *(group(b - a) for a, b in groups))
+    runs = {b - a: group(b - a) for a, b in groups}  # equal groups are compiled once
+    fns = (embed, *(runs[b - a] for a, b in groups))
     return Pieces(Segmented(fns, head), split, join)
 
 

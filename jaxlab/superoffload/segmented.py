@@ -1,6 +1,7 @@
 """Loss and gradients bucket by bucket: a backward pass in segments, so that the host can begin before it has ended."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class Backward:
 
     def __init__(self, loss: Callable[..., Any] | Segmented, specs: Sequence[BucketSpec], partition: Partition):
         pieces = loss.fns if isinstance(loss, Segmented) else ()
-        head = loss.head if isinstance(loss, Segmented) else lambda params, _, batch: loss(params, batch)
+        head = loss.head if isinstance(loss, Segmented) else _alone(loss)
         mesh, sliced = partition.mesh, partition.sliced
 
         def compiled(function: Callable[..., Any], *out_shardings: Any) -> Callable[..., Any]:
@@ -88,6 +89,16 @@ class Backward:
         return loss, gradients()
 
 
+# Equal pieces, and engines of one network, share what is compiled: jit knows a function again.
+_shared = functools.lru_cache(maxsize=256)
+
+
+@_shared
+def _alone(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params, _, batch: loss(params, batch)
+
+
+@_shared
 def _head_gradients(head: Callable[..., Any], spec: BucketSpec, partition: Partition) -> Callable[..., Any]:
     def run(params: PyTree, x: Any, batch: PyTree, scale: Any) -> tuple[Array, tuple[Array, ...], Any]:
         join, trained = _split(params, spec)
@@ -102,6 +113,7 @@ def _head_gradients(head: Callable[..., Any], spec: BucketSpec, partition: Parti
     return run
 
 
+@_shared
 def _pullback(fn: Callable[..., Any], spec: BucketSpec, partition: Partition, *, first: bool) -> Callable[..., Any]:
     def run(params: PyTree, x: Any, cotangent: Any) -> tuple[tuple[Array, ...], Any]:
         join, trained = _split(params, spec)

@@ -1,6 +1,5 @@
 """An engine that notes what runs when, and may pretend that a slow link lies between the two memories."""
 
-import functools
 import threading
 import time
 from collections.abc import Callable
@@ -91,13 +90,12 @@ class TimedSuperOffload(SuperOffload):
     def _seen(
         self, function: Callable[..., Any], label: str, sent: Callable[[Any], Any] = lambda out: ()
     ) -> Callable[..., Any]:
-        @functools.wraps(function)
         def run(*args: Any) -> Any:
             asked = time.perf_counter()
             out = function(*args)
             self._watch("gpu", "gpu", label, out, asked)
             for g in sent(out):
-                self._sent[id(g)] = self._send("d2h", f"send {label.split()[1]}", g)
+                self._sent[id(g)] = self._send("d2h", f"send {label.split()[1]}", g.nbytes, g)
             return out
 
         return run
@@ -110,12 +108,12 @@ class TimedSuperOffload(SuperOffload):
 
         self._watched.append(self._lanes[thread].submit(wait))
 
-    def _send(self, lane: str, label: str, x: Any) -> Future:
+    def _send(self, lane: str, label: str, nbytes: int, awaited: Any = ()) -> Future:
         def send() -> None:
-            jax.block_until_ready(x)
+            jax.block_until_ready(awaited)
             if self._link_bw is not None:
                 start = time.perf_counter()
-                time.sleep(x.nbytes / self._link_bw)
+                time.sleep(nbytes / self._link_bw)
                 self._note(lane, label, start, time.perf_counter())
 
         future = self._lanes[lane].submit(send)
@@ -151,5 +149,5 @@ class TimedSuperOffload(SuperOffload):
         out = jax.block_until_ready(function(*args))
         self._note("host", f"{kind} {b}", start, time.perf_counter())
         if g is not None:
-            self._returned.append(self._send("h2d", f"return {b}", out[1]))
+            self._returned.append(self._send("h2d", f"return {b}", out[1].nbytes))
         return out
