@@ -2,11 +2,11 @@
 
 import dataclasses
 import heapq
-import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+_DRAWN = ("forward", "backward", "adam", "send", "return", "undo", "verdict", "cast", "weights")
 LANES = ("gpu", "d2h", "h2d", "host", "validator")
 
 Intervals = list[tuple[str, float, float]]
@@ -132,15 +132,16 @@ class Schedule:
         """The chart as a matplotlib figure in the house's style."""
         from jaxlab.core.figures import COLOURS, figure
 
+        colours = dict(zip(_DRAWN, (*COLOURS, "#3aa6b9", "#c25b8f")))
         drawn, axes = figure(height=2.6)
         kinds = list(dict.fromkeys(_kind(label) for lane in self.lanes.values() for label, _, _ in lane))
         rows = list(reversed(self.lanes))
-        for kind, colour in zip(kinds, itertools.cycle(COLOURS)):
+        for kind in kinds:
             for row, lane in enumerate(rows):
                 bars = [(1e3 * start, 1e3 * (end - start)) for start, end in _joined(self.lanes[lane], kind)]
                 if bars:
-                    axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colour, linewidth=0)
-            axes.broken_barh([], (0, 0), facecolors=colour, label=kind)
+                    axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colours[kind], linewidth=0)
+            axes.broken_barh([], (0, 0), facecolors=colours[kind], label=kind)
         axes.axvline(1e3 * self.step_time, color="black", linewidth=0.8)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xlabel(f"ms ({self.source})")

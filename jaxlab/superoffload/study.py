@@ -44,7 +44,7 @@ class StudyConfig(TrainConfig):
       loss_scale: of the engine, where `model.dtype` is float16.
       link_bw: bytes/s of the link that sleeps stand for (`TimedSuperOffload`); None: no link.
       machine: of the modelled schedule.
-      shape: layers, hidden size, rows and tokens a row of the model it trains (paper's ablation: 5B, 8 rows).
+      shape: layers, hidden size, rows and tokens a row of the model it trains (the 5B of the paper's ablation).
       folder: keeps metrics and checkpoints; none: a temporary one, so that every run starts anew.
     """
 
@@ -55,7 +55,7 @@ class StudyConfig(TrainConfig):
     loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
     link_bw: float | None = None
     machine: str = "gh200"
-    shape: tuple[int, int, int, int] = (44, 3072, 8, 1024)
+    shape: tuple[int, int, int, int] = (44, 3072, 4, 1024)
     folder: str | None = None
 
     def __post_init__(self):
