@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlab import core
+from jaxlab.core.plan import Plan, Target
 
 if TYPE_CHECKING:
-    from jaxlab.core.plan import Plan, Target
     from jaxlab.puzzlemoe.study import Study
 
 __all__ = ["ServingConfig", "StudyConfig", "plan", "run"]
@@ -91,7 +91,7 @@ class ServingConfig:
     context: int = 1536
 
 
-def plan(config: ServingConfig, target: "Target") -> "Plan":
+def plan(config: ServingConfig, target: Target) -> Plan:
     """Compiles a step of serving the model; nothing of it runs. See `serving.serving_plan`."""
     from jaxlab.puzzlemoe.serving import hf_config, serving_plan
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlab import core
+from jaxlab.core.plan import Plan, Target
 from jaxlab.superoffload.study import Run, StudyConfig
 from jaxlab.training import TrainConfig
 
 if TYPE_CHECKING:
-    from jaxlab.core.plan import Plan, Target
     from jaxlab.superoffload import Machine, ModelShape
 
 __all__ = ["PlanConfig", "StudyConfig", "ablation", "plan", "run", "sizes"]
@@ -56,7 +56,7 @@ class PlanConfig(TrainConfig):
     offload_inputs: bool = False
 
 
-def plan(config: PlanConfig, target: "Target") -> "Plan":
+def plan(config: PlanConfig, target: Target) -> Plan:
     """Compiles the step for a target, which need not be there; see `jaxlab.superoffload.compiled.compile_step`."""
     from jaxlab.superoffload.compiled import compile_step
 

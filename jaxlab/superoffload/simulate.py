@@ -25,11 +25,11 @@ METHODS = ("superoffload", *BASELINES)
 # Shares of the host's bandwidth that an Adam reaches, from the paper's latencies for 8 B parameters at 28 bytes each
 # on Grace's 500 GB/s: GraceAdam 0.608 s, DeepSpeed's CPU-Adam 0.769 s, torch 1.834 s. Casts on the CPU stream as fast
 # as the first.
-_ADAM_SHARE = {"fast": 0.74, "cpu_adam": 0.58, "torch": 0.24}
+ADAM_SHARE = {"fast": 0.74, "cpu_adam": 0.58, "torch": 0.24}
 _ADAM_BYTES = 28  # read p, m, v, g, write p, m, v
 _ADAM_FLOPS = 15
 _UNDO_BYTES = 3
-_GPU_SHARE = 0.35
+GPU_SHARE = 0.35
 """Share of the GPU's peak that forward and backward reach: the one number fitted to the paper's ablation."""
 _STEPS = 3  # until the schedule repeats itself
 
@@ -56,6 +56,7 @@ def simulate(
     speculation: bool = True,
     repartition: bool = True,
     bucket_bytes: int = 64 << 20,
+    cast: str | None = None,
     verdict_s: float = 2e-5,
 ) -> Schedule:
     """A step of `model` on one device of `machine` in the steady state. A model, not a measurement.
@@ -74,19 +75,22 @@ def simulate(
         speculation: Adam does not wait for the verdict.
         repartition: `choose_gpu_buckets` buckets stay on the GPU; else none.
         bucket_bytes: float32 bytes of a bucket.
+        cast: "gpu" or "cpu", in place of what `superchip_cast` finds; "superoffload" only.
         verdict_s: seconds that the validator takes after the last gradient.
 
     Raises:
-        ValueError: unknown method, bucket_bytes below 4 or no multiple of 4.
+        ValueError: unknown method or cast, bucket_bytes below 4 or no multiple of 4.
         CapacityError: the weights find no place on the device, staying or flowing.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    if cast not in (None, "gpu", "cpu"):
+        raise ValueError(f"cast: got {cast!r}, expected gpu or cpu")
     elements = _bucket_elements(bucket_bytes)
     if method == "superoffload":
         how = _Techniques(
             adam="fast" if fast_adam else "cpu_adam",
-            cast=choose_cast(machine, elements) if superchip_cast else "cpu",
+            cast=cast or (choose_cast(machine, elements) if superchip_cast else "cpu"),
             speculation=speculation,
             flow=weight_policy(model, machine) == "flow",
         )
@@ -153,6 +157,11 @@ def weight_policy(model: ModelShape, machine: Machine, *, n_devices: int = 1) ->
     )
 
 
+def adam_bytes(speculation: bool) -> int:
+    """Host bytes a parameter that a step of Adam moves, with the undo log's if it is speculated on."""
+    return _ADAM_BYTES + _UNDO_BYTES * speculation
+
+
 def bucket_count(model: ModelShape, bucket_bytes: int) -> int:
     """Buckets of all parameters, `bucket_bytes` of float32 each."""
     return -(-model.n_params // _bucket_elements(bucket_bytes))
@@ -195,12 +204,13 @@ class _Step:
         whole, rest = divmod(model.n_params, elements)
         self.sizes = [elements] * whole + [rest] * (rest > 0)
         self.window = max(2, 2 * model.layer_params // elements) if how.prefetch else 1  # buckets of two layers
-        rate = _ADAM_SHARE[how.adam] * machine.dram_bw
-        host_bytes = _ADAM_BYTES + _UNDO_BYTES * how.speculation
-        self.adam_s = max(host_bytes / rate, _ADAM_FLOPS / machine.host_flops)  # a parameter, like the following
+        rate = ADAM_SHARE[how.adam] * machine.dram_bw
+        self.adam_s = max(
+            adam_bytes(how.speculation) / rate, _ADAM_FLOPS / machine.host_flops
+        )  # a parameter, like the following
         self.gpu_adam_s = _ADAM_BYTES / machine.hbm_bw
-        self.forward_s = model.forward_flops / (_GPU_SHARE * machine.gpu_flops) / model.n_params
-        self.cast_s = 6 / (machine.hbm_bw if how.cast == "gpu" else _ADAM_SHARE["fast"] * machine.dram_bw)
+        self.forward_s = model.forward_flops / (GPU_SHARE * machine.gpu_flops) / model.n_params
+        self.cast_s = 6 / (machine.hbm_bw if how.cast == "gpu" else ADAM_SHARE["fast"] * machine.dram_bw)
         self.link_s = (4 if how.cast == "gpu" else 2) / machine.link_bw
 
     def tasks(self, steps: int) -> list[Task]:
