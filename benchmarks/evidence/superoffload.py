@@ -35,6 +35,7 @@ RUNNING = ("synchronous", "copies", "residuals", "by itself")
 # A decoder whose Adam takes about as long as its backward pass: few tokens, one layer a bucket.
 LAYERS, HIDDEN, TOKENS = 8, 512, 32
 STEPS, WARM = 40, 5
+BATCHES, LENGTH = (2, 4, 8, 16), 1024
 LINKS = {"faster than the backward pass": 2e9, "as fast": 1e9, "slower": 6e8}
 
 
@@ -61,15 +62,23 @@ def items() -> Iterator[Item]:
             yield Item(
                 name=f"overlap {link}, {way}",
                 table=(
-                    f"A step of {LAYERS} layers of {HIDDEN} on {TOKENS} tokens, ms; one thread is the accelerator, one the "
-                    "host, sleeps are the link. Busy: what each lane worked (medians of "
-                    f"{STEPS} interleaved steps, measured). Predicted: by the simulator, from the rates of the synchronous "
-                    "steps (modelled)"
+                    f"A step of {LAYERS} layers of {HIDDEN} on {TOKENS} tokens, ms; one thread is the accelerator, "
+                    "one the host, sleeps are the link. Lanes: what each was busy, medians of "
+                    f"{STEPS} interleaved steps (measured). Predicted: by the simulator, from the rates of the "
+                    "synchronous steps (modelled)"
                 ),
                 settings={"layers": LAYERS, "hidden": HIDDEN, "tokens": TOKENS, "steps": STEPS, "link": LINKS[link]},
                 run=lambda link=link, way=way: _overlap_row(link, way),
                 seeds=(0,),
             )
+
+    for rows in BATCHES:
+        yield Item(
+            name=f"ablation, {rows} rows",
+            table=f"TFLOP/s of the 5B model on a GH200, {LENGTH} tokens a row, technique by technique (modelled)",
+            settings={"size": "5B", "rows": rows, "length": LENGTH},
+            run=lambda rows=rows: _ablation_row(rows),
+        )
 
 
 def pages() -> None:
@@ -149,6 +158,15 @@ def _overlap_row(link: str, way: str) -> dict[str, Any]:
         "their sum": told["accelerator"] + told["host"] + told["to the host"] + told["from the host"],
         "predicted / measured": told["predicted"] / told["step"],
     }
+
+
+def _ablation_row(rows: int) -> dict[str, Any]:
+    from jaxlab.superoffload import ModelShape, get_machine
+    from jaxlab.superoffload.recipe import SIZES, ablation
+
+    found = ablation(ModelShape(*SIZES["5B"], rows, LENGTH), get_machine("gh200"))
+    gain = found[-1][1] / found[0][1]
+    return {"rows": rows, **{name: tflops for name, tflops, _ in found}, "in all": gain}
 
 
 def _bars(told: dict[str, Any]) -> dict[str, float]:

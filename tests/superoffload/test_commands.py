@@ -82,9 +82,13 @@ def test_trains_what_train_trains_and_goes_on(tiny, tmp_path):
     report = train(config, usual)
     args = ("train", tiny, ours, "--offload", "superoffload", "offload.bucket_bytes=4096", "offload.speculation=always")
     run(*args, "steps=4", "optimizer.steps=6")
+    begun = _losses(ours)
     run(*args)  # goes on from step 4
+    assert _losses(ours)[:4] == begun
     assert _losses(ours) == pytest.approx(_losses(usual), rel=1e-4)
-    assert {path.name for path in ours.iterdir()} == {path.name for path in usual.iterdir()}
+    for name in ("metrics.jsonl", "checkpoints", "model", "report.json", "train.json"):
+        assert (ours / name).exists()
+        assert (usual / name).exists()
     told = core.Report.load(ours)
     assert told.system == "superoffload"
     assert told.metrics["validation_perplexity"] == pytest.approx(report.metrics["validation_perplexity"], rel=1e-3)

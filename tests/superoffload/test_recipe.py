@@ -1,6 +1,7 @@
 """The recipe at toy size: the same bits in every way, a timeline that overlaps, and the first steps of the evidence."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -31,6 +32,7 @@ CHANGES = (
     "inf_at=[6]",
     "loss_scale={window: 2, hysteresis: 1}",
     "link_bw=1e7",
+    "shape=[2, 512, 1, 256]",
 )
 
 
@@ -41,13 +43,14 @@ def config(tmp_path_factory):
     return core.load_config(StudyConfig, path, (*CHANGES, f"data={text}"))
 
 
-@pytest.mark.usefixtures("unchecked")  # the schedules of whole models are a hundred thousand small calls
-def test_tells_the_same_bits_and_when_what_ran(config, tmp_path):
+@pytest.mark.latest
+def test_tells_the_same_bits_and_when_what_ran(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "SIZES", {name: recipe.SIZES[name] for name in ("1B", "3.5B", "5B")})
     report = recipe.run(dataclasses.replace(config, folder=str(tmp_path / "work")))
     told = report.metrics
     assert (told["different_bits"], told["skipped"], told["steps"]) == (0, 2, 8)
     assert told["rolled_back"] == told["clipped"] + told["skipped"] > 2
-    assert [told[f"largest_{method}"] for method in ("gpu_only", "superoffload")] == ["3.5B", "25B"]
+    assert [told[f"largest_{method}"] for method in ("gpu_only", "superoffload")] == ["3.5B", "5B"]
     ways = report.tables[0][2]
     assert [(row[0], row[1], row[2]) for row in ways] == [
         ("synchronous", None, 6),
@@ -58,10 +61,6 @@ def test_tells_the_same_bits_and_when_what_ran(config, tmp_path):
     assert 3 < ways[2][5] < ways[1][5] * 1.05
     report.save(tmp_path / "report")
     assert len(list((tmp_path / "report").glob("plot_*.png"))) == 7
-    # A run that is there already is read, not repeated.
-    again = recipe.run(dataclasses.replace(config, folder=str(tmp_path / "work")))
-    assert again.metrics == told
-    assert len(again.plots) == 4
 
 
 def test_the_hosts_adam_overlaps_the_backward_pass(config, tmp_path):
@@ -72,10 +71,11 @@ def test_the_hosts_adam_overlaps_the_backward_pass(config, tmp_path):
     for lane in ("gpu", "d2h", "h2d", "host"):
         spans = sorted((start, end) for _, start, end in timeline.lanes[lane])
         assert all(0 <= start <= end <= timeline.step_time for start, end in spans)
-        assert all(end <= start + 1e-4 for (_, end), (start, _) in zip(spans, spans[1:]))
-    arrived = [end for _, _, end in timeline.lanes["d2h"]]
-    adam = [start for _, start, _ in timeline.lanes["host"]]
-    assert all(start >= sorted(arrived)[i] for i, start in enumerate(sorted(adam)))
+        assert all(end <= start + 1e-4 for (_, end), (start, _) in itertools.pairwise(spans))
+    arrived, adam = (sorted(span[edge] for span in timeline.lanes[lane]) for lane, edge in (("d2h", 2), ("host", 1)))
+    assert all(start >= end for start, end in zip(adam, arrived, strict=True))  # Adam waits for its gradient
+    whole = so.Schedule(timeline.step_time, 0.0, 0.0, timeline.lanes, source="measured")
+    assert "(measured)" in whole.to_ascii(20)
     slept = sum(end - start for _, start, end in timeline.lanes["d2h"])
     assert slept >= sum(x.nbytes for name, x in run.state.items() if name.startswith("p ")) / 1e7
 
@@ -140,15 +140,16 @@ def test_the_papers_config_is_planned():
     small = dataclasses.replace(
         config, model=dataclasses.replace(config.model, num_key_value_heads=2, vocab_size=256, **toy), length=32
     )
-    made = recipe.plan(small, planning.target("cpu"))
+    one = planning.target("cpu", mesh={"data": 1})
+    made = recipe.plan(small, one)
     from jaxlab.models.cost import parameter_count
 
     count = parameter_count(small.model)
     assert made.bytes["host"] >= 15 * count.total + 4 * (count.total - count.embedding - 64)
     with pytest.raises(ValueError, match="method"):
-        recipe.plan(dataclasses.replace(small, method="luck"), planning.target("cpu"))
+        recipe.plan(dataclasses.replace(small, method="luck"), one)
     with pytest.raises(ValueError, match="offload_inputs"):
-        recipe.plan(dataclasses.replace(small, method="ulysses", offload_inputs=True), planning.target("cpu"))
+        recipe.plan(dataclasses.replace(small, method="ulysses", offload_inputs=True), one)
 
 
 def test_the_laptops_config_is_the_tours():
