@@ -325,8 +325,9 @@ class SuperOffload:
             p, opt_state, casts = self._worker.result(job, "the Optax update")
             state = replace(state, master=replace(state.master, p=p), opt_state=opt_state)
         else:
-            # Those of the accelerator, whose step is in place, last: if the host fails they are as they were.
-            todo = [*range(self._resident, len(grads)), *range(self._resident)]
+            # As gradients arrive: the last first. Those of the accelerator, whose step is in place, last: if the host
+            # fails they are as they were.
+            todo = reversed(range(len(grads)))
             jobs = {
                 b: self._worker.submit(self._step, state.master, b, grads[b], scale, coef)
                 for b in todo
