@@ -157,3 +157,18 @@ def test_the_laptops_config_is_the_tours():
     loaded = core.load_config(StudyConfig, core.find_config("configs/superoffload/laptop.yaml"))
     assert loaded.ways == ("synchronous", "copies", "residuals")
     assert math.prod(loaded.shape) == 44 * 3072 * 4 * 1024
+
+
+def test_the_evidence_begins():
+    from benchmarks.evidence import superoffload as evidence
+
+    names = [item.name for item in evidence.items()]
+    assert len(set(names)) == len(names) == 4 + 6 + 4
+    told = evidence.time_overlap(1e8, layers=2, hidden=64, steps=2)
+    for way in ("synchronous", "speculative"):
+        taken = told["measured"][way]
+        assert all(taken[name] > 0 for name in ("step", "accelerator", "host", "to the host", "verdict", "predicted"))
+        assert taken["step"] > max(taken["to the host"], taken["from the host"])
+        assert told["timelines"][way]["source"] == "measured"
+    row = evidence._ablation_row(4)
+    assert row["none"] < row["+ speculation"] < 3 * row["none"]
