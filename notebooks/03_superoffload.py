@@ -42,9 +42,11 @@ def gradients(seed):
     return so.flatten(jax.tree.map(lambda x: jax.random.normal(jax.random.key(seed), x.shape), params), spec)
 
 
-state = so.replay(so.init_state(params, spec), gradients(1), hyper)
+state = so.init_state(params, spec)
+for step in range(20):
+    state = so.replay(state, gradients(step), hyper)
 before = jax.tree.map(np.asarray, state)
-ahead, log = so.speculate(state, gradients(2), hyper, undo="residual")
+ahead, log = so.speculate(state, gradients(20), hyper, undo="residual")
 print(f"{spec.n_buckets} buckets, log of {log.nbytes / spec.numel:.2f} bytes a parameter")
 back = so.rollback(ahead, log)
 assert all((np.asarray(a) == b).all() for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(before)))
@@ -54,7 +56,7 @@ assert all((np.asarray(a) == b).all() for a, b in zip(jax.tree.leaves(back), jax
 # would leave its moments NaN for ever.
 
 # %%
-m_new, g = np.asarray(ahead.m[0]), np.asarray(gradients(2)[0])
+m_new, g = np.asarray(ahead.m[0]), np.asarray(gradients(20)[0])
 inverse = (m_new - np.float32(1 - 0.9) * g) / np.float32(0.9)
 print(f"moments that algebra does not give back: {np.mean(inverse != before.m[0]):.0%}")
 

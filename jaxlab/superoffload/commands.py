@@ -95,7 +95,8 @@ def simulate(
         if name not in known:
             raise typer.BadParameter(f"--without: expected one of {', '.join(known)}, got {name!r}")
     try:
-        schedule = run(shape, where, method=method, **dict.fromkeys(without or (), False))
+        off: dict[str, Any] = dict.fromkeys(without or (), False)
+        schedule = run(shape, where, method=method, **off)
         chart = schedule.to_json() if as_json else schedule.to_ascii(width)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

@@ -66,7 +66,7 @@ def decoder_pieces(loss: LMLoss, layers: int = 1) -> Pieces:
 
     def embed(params: PyTree, batch: TokenBatch) -> tuple[Array, Array, Array]:
         batch = jax.tree.map(jnp.asarray, batch)
-        x = model.apply({"params": params}, batch.tokens, method=lambda decoder, tokens: decoder.embed(tokens))
+        x: Any = model.apply({"params": params}, batch.tokens, method=lambda decoder, tokens: decoder.embed(tokens))
         # What goes from piece to piece has a gradient, if only zero.
         return x, batch.positions.astype(jnp.float32), batch.segment_ids.astype(jnp.float32)
 

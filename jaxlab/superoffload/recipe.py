@@ -171,7 +171,8 @@ def ablation(shape: "ModelShape", machine: "Machine") -> list[tuple[str, float, 
     """Modelled TFLOP/s with the paper's techniques one by one, and the paper's where it has the same model."""
     from jaxlab.superoffload import simulate
 
-    switches, told = dict.fromkeys((name for name, *_ in TECHNIQUES), False), [("none", _NONE)]
+    switches: dict[str, Any] = dict.fromkeys((name for name, *_ in TECHNIQUES), False)
+    told = [("none", _NONE)]
     found = [simulate(shape, machine, **switches).tflops]
     for name, label, paper in TECHNIQUES:
         switches[name] = True
@@ -187,7 +188,7 @@ def sizes(
     """Model, method, GB of device and of host, and whether that fits, by arithmetic; no GB where nothing was found."""
     from jaxlab.superoffload import CapacityError, ModelShape, plan_offload
 
-    rows = []
+    rows: list[tuple[str, str, float | None, float | None, bool]] = []
     for name, (layers, hidden) in SIZES.items():
         for method in CLAIMED:
             try:

@@ -40,6 +40,9 @@ class TimedSuperOffload(SuperOffload):
         self._lock = threading.Lock()
         self._began = self._ended = 0.0
 
+    def __enter__(self) -> "TimedSuperOffload":
+        return self
+
     def close(self) -> None:
         """Ends the worker and the threads that watch."""
         super().close()
@@ -49,7 +52,8 @@ class TimedSuperOffload(SuperOffload):
     def init(self, params: Any) -> TrainState:
         """As `SuperOffload.init`."""
         state = super().init(params)
-        backward, last = self._backward, len(self._specs) - 1
+        backward: Any = self._backward
+        last = len(self._specs) - 1
         backward._forward = [self._seen(fn, f"forward {i}") for i, fn in enumerate(backward._forward)]
         backward._pullbacks = [
             self._seen(fn, f"backward {i}", lambda out: out[0]) for i, fn in enumerate(backward._pullbacks)
@@ -62,7 +66,7 @@ class TimedSuperOffload(SuperOffload):
                 arrival.result()
             return rebuild(*args)
 
-        self._rebuild = rebuild_from_arrived
+        self._rebuild: Any = rebuild_from_arrived
         return state
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -130,14 +134,14 @@ class TimedSuperOffload(SuperOffload):
         self._watch("gpu", "validator", "verdict 0", verdict, asked)
         return verdict
 
-    def _speculate(self, master: Any, b: int, g: Any, *args: Any) -> Any:
-        return self._timed("adam", b, g, super()._speculate, master, b, g, *args)
+    def _speculate(self, master: Any, b: int, g: Any, scale: Any, scalars: Any) -> Any:
+        return self._timed("adam", b, g, super()._speculate, master, b, g, scale, scalars)
 
-    def _step(self, master: Any, b: int, g: Any, *args: Any) -> Any:
-        return self._timed("adam", b, g, super()._step, master, b, g, *args)
+    def _step(self, master: Any, b: int, g: Any, scale: Any, coef: Any) -> Any:
+        return self._timed("adam", b, g, super()._step, master, b, g, scale, coef)
 
-    def _undo(self, new: Any, g: Any, *args: Any) -> Any:
-        return self._timed("undo", 0, None, super()._undo, new, g, *args)
+    def _undo(self, new: Any, g: Any, count: Any, scalars: Any, log: Any) -> Any:
+        return self._timed("undo", 0, None, super()._undo, new, g, count, scalars, log)
 
     def _timed(self, kind: str, b: int, g: Any, function: Callable[..., Any], *args: Any) -> Any:
         """Runs in the worker: waits until the gradient is there, then works, then sends the new weights off."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -76,7 +77,7 @@ def engine_config(config: TrainConfig, settings: SuperOffloadConfig) -> SuperOff
     for name, follows in _FOLLOW.items():
         if getattr(settings, name) != getattr(SuperOffloadConfig, name):
             raise ValueError(f"{name}: follows {follows}; got {getattr(settings, name)!r}")
-    dtype = config.model.dtype
+    dtype: Any = config.model.dtype  # checked by the settings
     scaler = settings.loss_scale or (LossScaleConfig() if dtype == "float16" else None)
     return dataclasses.replace(
         settings, clip_norm=config.optimizer.clip_norm, clip_eps=0.0, compute_dtype=dtype, loss_scale=scaler
