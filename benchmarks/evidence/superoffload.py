@@ -273,7 +273,7 @@ def _idle(timeline: Any) -> float:
 def _predicted(shape: Any, taken: dict[str, float], link_bw: float, *, speculation: bool) -> Any:
     """The simulator's step on a machine with the measured rates; a layer is a bucket."""
     from jaxlab.superoffload import Machine, simulate
-    from jaxlab.superoffload.simulate import ADAM_SHARE, GPU_SHARE, adam_bytes
+    from jaxlab.superoffload.simulation import ADAM_SHARE, GPU_SHARE, adam_bytes
 
     computed_s, adam_s = taken["accelerator"] / 1e3, taken["host"] / 1e3
     machine = Machine(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from jaxlab.superoffload.policy import choose_cast, choose_weight_policy, weight_flow_efficiency
     from jaxlab.superoffload.schedule import Schedule
     from jaxlab.superoffload.segmented import Segmented
-    from jaxlab.superoffload.simulate import choose_gpu_buckets, simulate
+    from jaxlab.superoffload.simulation import choose_gpu_buckets, simulate
     from jaxlab.superoffload.stack import OffloadedScan, OffloadedStack
     from jaxlab.superoffload.stv import (
         SpeculativeState,
@@ -161,7 +161,7 @@ __getattr__, __dir__ = lazy.attach(
         ),
         "schedule": ("Schedule",),
         "segmented": ("Segmented",),
-        "simulate": (
+        "simulation": (
             "choose_gpu_buckets",
             "simulate",
         ),

@@ -6,7 +6,7 @@ import itertools
 from jaxlab.superoffload.machine import Machine, ModelShape
 from jaxlab.superoffload.memory import METHODS, UNDO_BYTES, CapacityError, Memory, model_memory, usable
 from jaxlab.superoffload.policy import choose_cast
-from jaxlab.superoffload.simulate import bucket_count, gpu_buckets_within, weight_policy
+from jaxlab.superoffload.simulation import bucket_count, gpu_buckets_within, weight_policy
 
 BUCKET_BYTES = 64 << 20
 """Where the link between the memories is saturated (paper)."""

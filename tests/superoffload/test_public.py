@@ -1,5 +1,6 @@
 import inspect
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,9 @@ def test_contract():
         assert [name for name, alone in kinds.items() if not alone] == positional.split(), function
         assert [name for name, alone in kinds.items() if alone] == keyword.split(), function
     assert superoffload.Verdict._fields == ("norm", "finite", "coef")
+
+
+def test_no_public_name_is_a_module():
+    """A module of the same name would take its place as soon as someone imports it."""
+    folder = Path(superoffload.__file__).parent
+    assert not {file.stem for file in folder.glob("*.py")} & set(superoffload.__all__)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxlab.superoffload.machine import Machine, ModelShape, get_machine
 from jaxlab.superoffload.memory import CapacityError
 from jaxlab.superoffload.schedule import LANES, Schedule, Task, run
-from jaxlab.superoffload.simulate import BASELINES, choose_gpu_buckets, simulate
+from jaxlab.superoffload.simulation import BASELINES, choose_gpu_buckets, simulate
 
 GH200 = get_machine("gh200")
 FIVE_B = ModelShape(44, 3072, 4, 1024)
