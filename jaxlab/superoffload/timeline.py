@@ -49,25 +49,29 @@ class TimedSuperOffload(SuperOffload):
         for lane in self._lanes.values():
             lane.shutdown()
 
-    def init(self, params: Any) -> TrainState:
-        """As `SuperOffload.init`."""
-        state = super().init(params)
+    def _compile(self, layout: Any) -> None:
+        super()._compile(layout)
         backward: Any = self._backward
-        last = len(self._specs) - 1
         backward._forward = [self._seen(fn, f"forward {i}") for i, fn in enumerate(backward._forward)]
         backward._pullbacks = [
             self._seen(fn, f"backward {i}", lambda out: out[0]) for i, fn in enumerate(backward._pullbacks)
         ]
-        backward._head = self._seen(backward._head, f"backward {last}", lambda out: out[1])
-        rebuild = self._seen(self._rebuild, "weights 0")
+        backward._head = self._seen(backward._head, f"backward {len(layout.specs) - 1}", lambda out: out[1])
+        rebuild, validate = self._seen(self._rebuild, "weights 0"), self._validate
 
         def rebuild_from_arrived(*args: Any) -> Any:
             for arrival in self._returned:
                 arrival.result()
             return rebuild(*args)
 
+        def validate_watched(*args: Any) -> Any:
+            asked = time.perf_counter()
+            verdict = validate(*args)
+            self._watch("gpu", "validator", "verdict 0", verdict, asked)
+            return verdict
+
         self._rebuild: Any = rebuild_from_arrived
-        return state
+        self._validate: Any = validate_watched
 
     def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """As `SuperOffload.train_step`."""
@@ -127,12 +131,6 @@ class TimedSuperOffload(SuperOffload):
     def _note(self, lane: str, label: str, start: float, end: float) -> None:
         with self._lock:
             self._spans.append((lane, label, start, end))
-
-    def _validate(self, grads: Any, scale: Any) -> Any:
-        asked = time.perf_counter()
-        verdict = super()._validate(grads, scale)
-        self._watch("gpu", "validator", "verdict 0", verdict, asked)
-        return verdict
 
     def _speculate(self, master: Any, b: int, g: Any, scale: Any, scalars: Any) -> Any:
         return self._timed("adam", b, g, super()._speculate, master, b, g, scale, scalars)

@@ -67,7 +67,9 @@ def train(config: TrainConfig, folder: str | os.PathLike, settings: SuperOffload
 def engine_config(config: TrainConfig, settings: SuperOffloadConfig) -> SuperOffloadConfig:
     """The engine's settings for a training run; refuses what it cannot do, see `train`."""
     if config.mesh or jax.process_count() > 1:
-        raise NotImplementedError(f"mesh: SuperOffload trains on one device, got {config.mesh or 'several processes'}")
+        raise NotImplementedError(
+            f"mesh: --offload superoffload trains on one device, got {config.mesh or 'several processes'}"
+        )
     if config.accumulate > 1:
         raise NotImplementedError(f"accumulate: expected 1 with SuperOffload, got {config.accumulate}")
     if config.moe.jitter_eps:

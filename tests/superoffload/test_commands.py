@@ -105,7 +105,7 @@ def test_trains_what_train_trains_and_goes_on(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "settings", "error", "told"),
     [
-        (["mesh={data: 2}"], {}, NotImplementedError, "mesh: SuperOffload trains on one device"),
+        (["mesh={data: 2}"], {}, NotImplementedError, "mesh: --offload superoffload trains on one device"),
         (["accumulate=2"], {}, NotImplementedError, "accumulate: expected 1"),
         (["moe.jitter_eps=0.1"], {}, NotImplementedError, "moe.jitter_eps: expected 0"),
         (["model.param_dtype=bfloat16"], {}, NotImplementedError, "model.param_dtype: expected float32"),
