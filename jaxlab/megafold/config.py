@@ -100,9 +100,7 @@ class AF3Config:
         if self.max_atoms % 32:
             raise ValueError(f"max_atoms: expected a multiple of 32 (the atom windows), got {self.max_atoms}")
         if self.sample_chunk is not None and (self.sample_chunk < 1 or self.diffusion_samples % self.sample_chunk):
-            raise ValueError(
-                f"sample_chunk: expected a divisor of diffusion_samples {self.diffusion_samples}, got {self.sample_chunk}"
-            )
+            raise ValueError(f"sample_chunk: expected a divisor of {self.diffusion_samples}, got {self.sample_chunk}")
         for width, heads in (("c_s", "single_heads"), ("c_token", "token_heads"), ("c_atom", "atom_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(

@@ -4,8 +4,8 @@
 and puts a batch axis first. Sizes: tokens N, atoms A, alignment rows S, templates T, bonds between atoms E.
 
 A token is one residue of a polymer, or one atom of anything else (ligands, ions, modified residues); `token_index`
-counts them before the crop. The atoms of a token lie side by side, in token order. An atom that the file does not show is
-there all the same, unresolved.
+counts them before the crop. The atoms of a token lie side by side, in token order. An atom that the
+file does not show is there all the same, unresolved.
 """
 
 import dataclasses
