@@ -32,8 +32,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kBlock = 512;         // elements between two looks at the exceptions
-constexpr int64_t kChunk = 32 * kBlock;  // elements a thread takes at a time
+constexpr int64_t kBlock = 512;          // elements between two looks at the exceptions
+constexpr int64_t kChunk = 128 * kBlock;  // elements a thread takes at a time
 
 // The order of `Coefficients` in fused_adam, then the reciprocals of b1, b2 and 1 - decay.
 struct Scalars {
@@ -143,8 +143,8 @@ void Step(Source from, State to, int64_t n, const Scalars c) {
 // What a logged block needs beside its arrays.
 struct Block {
   float old[3][kBlock];
-  uint32_t diff[3][kBlock], bad[kBlock];
-  int8_t narrow[kBlock];
+  int8_t diff[3][kBlock];
+  uint32_t bad[kBlock];
 };
 
 // `Step` that also keeps the old values and the difference of their bits to the inverse of the new ones; returns how many
@@ -168,9 +168,9 @@ int64_t StepAndEncode(Source from, State to, Block& block, int64_t n, const Scal
     to.p[i] = new_p;
     const uint32_t dp = Bits(p) - Bits(InverseP<kDecoupled>(new_p, direction, c));
     const uint32_t dm = Bits(old_m) - Bits(InverseM(m, g, c)), dv = Bits(old_v) - Bits(InverseV(v, g, c));
-    block.diff[0][i] = dp;
-    block.diff[1][i] = dm;
-    block.diff[2][i] = dv;
+    block.diff[0][i] = static_cast<int8_t>(dp);
+    block.diff[1][i] = static_cast<int8_t>(dm);
+    block.diff[2][i] = static_cast<int8_t>(dv);
     const float sum = p + old_m + old_v;
     const uint32_t farthest = std::max(std::max(dp + 127, dm + 127), dv + 127);
     block.bad[i] = (farthest > 254) | (sum != sum);
@@ -284,10 +284,7 @@ ffi::Error AdamStep(ffi::ThreadPool pool, int64_t threads, int64_t stop, ffi::Bu
     if (log) {
       Block block;
       const int64_t count = StepAndEncode<kDecoupled>(source, target, block, size, c);
-      for (int64_t k = 0; k < 3; ++k) {
-        for (int64_t i = 0; i < size; ++i) block.narrow[i] = static_cast<int8_t>(block.diff[k][i]);
-        Stream(block.narrow, diff->typed_data() + k * n + at, size);
-      }
+      for (int64_t k = 0; k < 3; ++k) Stream(block.diff[k], diff->typed_data() + k * n + at, size);
       int64_t place = count ? Reserve(taken, count, capacity) : 0;
       done->typed_data()[at / kBlock] = place >= 0;
       if (place < 0) {
@@ -331,10 +328,7 @@ ffi::Error AdamStep(ffi::ThreadPool pool, int64_t threads, int64_t stop, ffi::Bu
   if (log) {
     status->typed_data()[0] = static_cast<int32_t>(taken.load());
     status->typed_data()[1] = overflow;
-    for (int64_t i = taken; i < capacity; ++i) {
-      index->typed_data()[i] = static_cast<int32_t>(n);
-      for (int64_t k = 0; k < 3; ++k) values->typed_data()[k * capacity + i] = 0;
-    }
+    std::fill(index->typed_data() + taken, index->typed_data() + capacity, static_cast<int32_t>(n));
   }
   return ffi::Error::Success();
 }

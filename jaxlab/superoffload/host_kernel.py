@@ -38,7 +38,7 @@ class Residual(NamedTuple):
     Attributes:
       diff: int8 [3, n], bits of the old p, m, v less those of the algebraic inverse of the new ones.
       index: int32 [c], elements that `diff` does not describe; n past the last.
-      values: f32 [3, c], their old p, m, v.
+      values: f32 [3, c], their old p, m, v; anything past the last.
       status: int32 [2], how many exceptions there are, and 1 if there was no room for some.
       done: uint8 [ceil(n / BLOCK)], 0 where a block was left as it was for want of room.
     """
