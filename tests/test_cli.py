@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxlab import cli, recipes
+from jaxlab.core import find_config, load_config
 
 TINY = """
 system: foundation
@@ -242,8 +243,17 @@ def test_plan(run, tiny, monkeypatch):
         assert code == 2, (wrong, err)
 
 
+@pytest.mark.parametrize("system", [name for name in recipes.SYSTEMS if name != "foundation"])
+def test_a_systems_configs_load(system):
+    """As `jaxlab <system> run` and `jaxlab plan` load them."""
+    recipe = recipes.recipe_of(system)
+    recipes.load(recipe.run, recipes.SYSTEMS[system].config)
+    paper = Path(recipes.SYSTEMS[system].config).with_name("paper.yaml")
+    recipes.load(recipe.plan, paper)
+    assert recipes.system_of(find_config(paper)) == system
+
+
 def test_the_library_configs_load():
-    from jaxlab.core import find_config, load_config
     from jaxlab.training import TrainConfig
 
     for name in ("laptop", "plan_8b"):
