@@ -233,7 +233,7 @@ def _templates(
         if isinstance(paths, str | os.PathLike):
             raise ValueError(f"templates[{chain!r}]: expected a list of paths, got {paths!r}")
         entity = entities[structure.residue_unit[residues[0]]]
-        sequence = structure.sequence(chain, unobserved=True)
+        sequence = structure.residue_name[residues].tolist()
         found.setdefault(entity, [read_template(path, sequence) for path in list(paths)[:most]])
     count = max(map(len, found.values()), default=0)
     made = {

@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxlab.core.errors import require
 from jaxlab.megafold.data.mmcif import read_mmcif
-from jaxlab.megafold.data.structure import ONE_LETTER, Structure
+from jaxlab.megafold.data.structure import Structure
 from jaxlab.megafold.features import GAP, RESTYPES
 
 BACKBONE = ("N", "CA", "C")
@@ -31,12 +32,12 @@ def representative(name: str) -> str:
     return {"A": "C4", "G": "C4", "C": "C2", "U": "C2", "T": "C2"}.get(name[-1], "C1'")
 
 
-def read_template(path: str | os.PathLike, sequence: str) -> ChainTemplate:
-    """Lays the most alike protein chain of a file over a sequence, by global alignment of their letters.
+def read_template(path: str | os.PathLike, sequence: Sequence[str]) -> ChainTemplate:
+    """Lays the most alike protein chain of a file over a sequence.
 
     Args:
       path: mmCIF, plain or gzip-compressed.
-      sequence: one letter a residue.
+      sequence: names of residues, such as "ALA".
 
     Raises:
       MMCIFError: no structure.
@@ -50,9 +51,8 @@ def read_template(path: str | os.PathLike, sequence: str) -> ChainTemplate:
         residues = residues[[unit in proteins for unit in structure.residue_unit[residues].tolist()]]
         if not len(residues):
             continue
-        letters = structure.letters(residues)
-        pairs = [(at, int(residues[other])) for at, other in aligned(sequence, letters)]
-        alike = sum(sequence[at] == ONE_LETTER.get(str(structure.residue_name[other])) for at, other in pairs)
+        pairs = [(at, int(residues[other])) for at, other in aligned(sequence, structure.residue_name[residues].tolist())]
+        alike = sum(sequence[at] == structure.residue_name[other] for at, other in pairs)
         if best is None or alike > best[0]:
             best = alike, pairs
     if best is None:
@@ -60,12 +60,12 @@ def read_template(path: str | os.PathLike, sequence: str) -> ChainTemplate:
     return _gather(structure, best[1], len(sequence))
 
 
-def aligned(first: str, second: str) -> list[tuple[int, int]]:
-    """Pairs of places, one in each sequence, that a global alignment with affine gaps puts under each other."""
+def aligned(first: Sequence[str], second: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of places, one in each sequence of residues' names, that a global alignment (BLOSUM62) puts together."""
     gemmi = require("gemmi", "folding")
-    result = gemmi.align_string_sequences(list(first), list(second), [])
+    result = gemmi.align_string_sequences(list(first), list(second), [], gemmi.AlignmentScoring("b"))
     pairs, i, j = [], 0, 0
-    for one, other in zip(result.add_gaps(first, 1), result.add_gaps(second, 2)):
+    for one, other in zip(result.add_gaps("X" * len(first), 1), result.add_gaps("X" * len(second), 2)):
         if one != "-" and other != "-":
             pairs.append((i, j))
         i, j = i + (one != "-"), j + (other != "-")
