@@ -68,7 +68,9 @@ FEATURES: Mapping[str, Feature] = MappingProxyType(
         "resolved": Feature(("A",), np.bool_),
         "bonds": Feature(("E", 2), np.int32, -1),  # atoms of the bonds in token_bonds, each once
         # alignment
-        "msa": Feature(("S", "N"), np.int32, GAP),  # index into RESTYPES; row 0 is the sequence; int8 before `make_batch`
+        "msa": Feature(
+            ("S", "N"), np.int32, GAP
+        ),  # index into RESTYPES; row 0 is the sequence; int8 before `make_batch`
         "msa_mask": Feature(("S", "N"), np.bool_),
         "deletion_value": Feature(("S", "N"), np.float32),  # (2/pi) arctan(d/3) of the deletions before a residue
         "profile": Feature(("N", 32), np.float32),  # of the whole alignment, before it is sampled
@@ -87,7 +89,7 @@ FEATURES: Mapping[str, Feature] = MappingProxyType(
 
 
 def sizes(config: AF3Config) -> dict[str, int]:
-    """Size of each lettered axis in a batch of this configuration; there is room for twice as many bonds as tokens (a ligand of rings)."""
+    """Size of each lettered axis in a batch of this configuration; rings may have more bonds than tokens."""
     return {
         "N": config.max_tokens,
         "A": config.max_atoms,

@@ -1,4 +1,4 @@
-"""Alignments in A3M: upper-case letters and '-' are columns of the query, lower-case letters insertions between them."""
+"""Alignments in A3M: upper-case letters and '-' are columns of the query, lower-case letters are insertions."""
 
 import dataclasses
 import os
@@ -80,11 +80,8 @@ def parse_a3m(text: str, *, file: str | os.PathLike | None = None) -> MSA:
     wrong = np.flatnonzero((columns != width) | (columns == 0))
     if len(wrong):
         row = int(wrong[0])
-        raise A3MError(
-            name,
-            starts[row] + 1,
-            f"expected {width or 'at least 1'} columns, as the query has, got {columns[row]} in {lines[starts[row]][:40]!r}",
-        )
+        problem = f"expected {width or 'at least 1'} columns, as the query has, got {columns[row]}"
+        raise A3MError(name, starts[row] + 1, f"{problem} in {lines[starts[row]][:40]!r}")
     aligned = data[column].tobytes().decode("ascii")
     deletions = np.zeros((len(rows), width), np.int32)
     inserted = np.flatnonzero(lower)

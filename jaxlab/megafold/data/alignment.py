@@ -49,7 +49,7 @@ class ChainAlignment:
 def read_alignment(path: str | os.PathLike, structure: Structure, chain: str) -> ChainAlignment:
     """Reads a chain's alignment; its query is the chain's sequence, the whole or what the file shows of it.
 
-    Non-standard residues at the ends (ACE, NH2) may be absent from the query, in its middle any letter may stand for one.
+    Non-standard residues at the ends (ACE, NH2) may be absent from the query; any letter may stand for one.
 
     Raises:
       ValueError: the query is another sequence, or there is no such chain.
@@ -83,7 +83,9 @@ def _columns(msa: MSA, structure: Structure, chain: str, residues: np.ndarray, f
             if len(part) == len(query) and all(a in (b, "X") for a, b in zip(part, query)):
                 return candidates[first:last]
     sequence = structure.sequence(chain)
-    differs = next((place for place, (a, b) in enumerate(zip(sequence, query)) if a != b), min(len(sequence), len(query)))
+    differs = next(
+        (place for place, (a, b) in enumerate(zip(sequence, query)) if a != b), min(len(sequence), len(query))
+    )
     raise ValueError(
         f"msas: expected the query of {file} to be chain {chain!r}, {len(sequence)} residues, got {len(query)}; "
         f"from residue {differs + 1}: {sequence[differs : differs + 10]!r} and {query[differs : differs + 10]!r}"
@@ -114,9 +116,8 @@ def read_alignments(
         if entity not in found:
             found[entity], paths[entity] = read_alignment(path, structure, chain), Path(path)
         elif Path(path).read_bytes() != paths[entity].read_bytes():
-            raise ValueError(
-                f"msas: expected one alignment for chains of one sequence, got {paths[entity]} and {path} (chain {chain!r})"
-            )
+            both = f"{paths[entity]} and {path} (chain {chain!r})"
+            raise ValueError(f"msas: expected one alignment for chains of one sequence, got {both}")
     return found
 
 
@@ -147,8 +148,8 @@ def stack(
       max_rows: cap on all rows together; the profile counts every row.
 
     Returns:
-      `msa` (int8 [S, N]), `msa_mask`, `deletion_value`, `profile`, `deletion_mean` of FEATURES. A row counts (mask) only
-      where its entity is, there with its gaps; row 0 everywhere.
+      `msa` (int8 [S, N]), `msa_mask`, `deletion_value`, `profile`, `deletion_mean` of FEATURES. A row counts
+      (mask) only where its entity is, there with its gaps; row 0 everywhere.
     """
     tokens = len(restype)
     taken = dict(zip(alignments, shares([len(found.rows) for found in alignments.values()], max_rows - 1)))

@@ -43,10 +43,8 @@ def make_batch(
         count = {"N": len(one["restype"]), "A": len(one["resolved"]), "E": len(one["bonds"])}
         for axis, value in count.items():
             if value > room[axis]:
-                raise ValueError(
-                    f"features[{index}]: expected at most {room[axis]} {_AXES[axis]} (config.{_ROOM[axis]}), got {value}; "
-                    "crop it"
-                )
+                limit = f"{room[axis]} {_AXES[axis]} (config.{_ROOM[axis]})"
+                raise ValueError(f"features[{index}]: expected at most {limit}, got {value}; crop it")
         kept = {
             "S": keep_rows(random, len(one["msa"]), room["S"]),
             "T": keep(random, len(one["template_mask"]), room["T"]),

@@ -1,8 +1,8 @@
 """Features built once and read many times (MegaFold, ahead-of-time cache of the deterministic half of the pipeline).
 
 A record is named by the content that it comes from, so a changed file, option or schema is a miss and nothing is ever
-out of date. It is an uncompressed `.npz` beside a JSON manifest (shapes, types, offsets, checksum) that is written last:
-without manifest there is no record. Both are put in place by `os.replace`; writers of one record write the same bytes.
+out of date. It is an uncompressed `.npz` beside a JSON manifest (shapes, types, offsets, checksum) that is written
+last: without manifest there is no record. `os.replace` puts both in place; writers of one record write the same bytes.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class FeatureCache:
           FileNotFoundError: an input file is not there.
           ValueError: an unknown option.
         """
-        chosen = dataclasses.asdict(Options.of(options))
+        chosen: dict[str, Any] = dataclasses.asdict(Options.of(options))
         if chosen["ccd"] is not None:
             records = sorted(Path(chosen["ccd"]).glob("*.cif"))
             chosen["ccd"] = {record.name: self._digest(record) for record in records}
@@ -147,18 +147,16 @@ class FeatureCache:
           workers: how many processes.
 
         Returns:
-          For each path its key as `value`, or why there is none as `error`.
+          For each path its key as `value`, or why there is none as `error`; the work counts in `stats`.
         """
         build = functools.partial(_build, os.fspath(self.folder), self.strict)
         items = ({"path": item} if isinstance(item, str | os.PathLike) else dict(item) for item in paths)
         results = []
         for result in tasks.map(build, items, workers=workers, retries=0):
-            if result.error is None:
-                key, stats = result.value
-                for name, value in stats.items():
-                    setattr(self.stats, name, getattr(self.stats, name) + value)
-                result = dataclasses.replace(result, value=key)
-            results.append(result)
+            key, stats = result.value or (None, {})
+            for name, value in stats.items():
+                setattr(self.stats, name, getattr(self.stats, name) + value)
+            results.append(tasks.TaskResult(result.item["path"], key, result.error))
         return results
 
     def verify(self) -> list[str]:

@@ -76,9 +76,9 @@ def select(features: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.
     made[_TOKEN_OF_ATOM] = new_token[made[_TOKEN_OF_ATOM]]
     for name in _ATOMS_OF_TOKEN:
         made[name] = new_atom[made[name]]
-    whole = (made["frame_atoms"] >= 0).all(axis=1)
-    made["frame_atoms"] = np.where(whole[:, None], made["frame_atoms"], made["center_atom"][:, None])
-    made["has_frame"] = made["has_frame"] & whole
+    lost = (made["frame_atoms"] < 0).any(axis=1)
+    made["frame_atoms"][lost] = made["center_atom"][lost, None]
+    made["has_frame"] = made["has_frame"] & ~lost
     made["bonds"] = bonds[(bonds >= 0).all(axis=1)]
     return made
 

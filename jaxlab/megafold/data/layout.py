@@ -1,9 +1,10 @@
-"""Atoms and tokens of a structure as the network counts them: what a residue must have, whether the file shows it or not.
+"""Atoms and tokens of a structure as the network counts them: what is there, whether the file shows it or not.
 
 A standard residue of a polymer has the heavy atoms of its component that stay in a chain (so no OXT, no OP3), and is
 one token. Any other residue is one token an atom: with a component's record, its atoms but for leaving ones that
-the file does not show; without, the atoms that the file shows, and no reference conformer. Waters and hydrogens are left
-out, and so is what has neither record nor atoms.
+the file does not show; without, the atoms that the file shows, their reference positions zero (never the true ones),
+and the file's bonds, or those that the covalent radii suggest. Waters and hydrogens are left out, and so is what has
+neither record nor atoms.
 """
 
 import dataclasses
@@ -77,8 +78,15 @@ def lay_out(structure: Structure, ccd: str | None = None) -> Layout:
             charge, positions, source = [0.0] * count, np.zeros((count, 3), np.float32), list(atoms.values())
         else:
             absent = structure.residue_polymer[index] or bool(atoms)
-            stays = ~component.leaving if standard else np.array(
-                [not (leaves and absent) or name in atoms for name, leaves in zip(component.names, component.leaving)]
+            stays = (
+                ~component.leaving
+                if standard
+                else np.array(
+                    [
+                        not (leaves and absent) or name in atoms
+                        for name, leaves in zip(component.names, component.leaving)
+                    ]
+                )
             )
             places = np.flatnonzero(stays)
             kept, element = [component.names[at] for at in places], component.elements[places].tolist()
@@ -97,7 +105,9 @@ def lay_out(structure: Structure, ccd: str | None = None) -> Layout:
         if not standard:
             flexible.append(index)
     if not residues:
-        raise ValueError("structure: expected residues with known atoms, got none (a ligand may need its record in `ccd`)")
+        raise ValueError(
+            "structure: expected residues with known atoms, got none (a ligand may need its record in `ccd`)"
+        )
     residue = np.array(columns["residue"], np.int32)
     return Layout(
         residue=residue,

@@ -29,8 +29,8 @@ def read_mmcif(path: str | os.PathLike) -> Structure:
     """Reads the first model of a structure; of alternative places the likeliest, residue by residue.
 
     A residue belongs to a polymer if `_pdbx_poly_seq_scheme` lists it (residues it lists and no atom shows are there,
-    without atoms), and without that table, if its entity is a polymer. Assemblies may give ligands the chain of a polymer:
-    each residue of such is a unit of its own. Hydrogens and waters are kept.
+    without atoms), and without that table, if its entity is a polymer. Assemblies may give ligands the chain of a
+    polymer: each residue of such is a unit of its own. Hydrogens and waters are kept.
 
     Args:
       path: plain or gzip-compressed, whatever its name.
@@ -52,7 +52,7 @@ def parse_mmcif(content: bytes, *, file: str = "mmCIF") -> Structure:
     except (ValueError, RuntimeError, IndexError, OSError, EOFError) as error:
         raise MMCIFError(f"{file}: not an mmCIF file: {error}") from error
     atoms = _atoms(block, file)
-    entities = dict(_rows(block, "_entity.", ("id", "type")))
+    entities = {row[0]: row[1] for row in _rows(block, "_entity.", ("id", "type"))}
     if not entities:
         raise MMCIFError(f"{file}: expected entities (_entity), found none")
     scheme = _rows(block, "_pdbx_poly_seq_scheme.", ("asym_id", "seq_id", "mon_id"))
@@ -134,8 +134,8 @@ def _likeliest(atoms: dict[str, np.ndarray]) -> np.ndarray:
     labels = atoms["label_alt_id"]
     kept = np.isin(labels, (".", "?", ""))
     choices: dict[tuple[str, ...], dict[str, list[int]]] = {}
-    for index in np.flatnonzero(~kept):
-        choices.setdefault(_place(atoms, index), {}).setdefault(str(labels[index]), []).append(int(index))
+    for index in np.flatnonzero(~kept).tolist():
+        choices.setdefault(_place(atoms, index), {}).setdefault(str(labels[index]), []).append(index)
     for alternatives in choices.values():
         kept[max(alternatives.values(), key=lambda members: atoms["occupancy"][members].mean())] = True
     return kept
@@ -167,8 +167,9 @@ def _residues(atoms: dict[str, np.ndarray], scheme: list[tuple[str, ...]], entit
         alone = () if polymer[row] or row[0] not in mixed else row[1:4]
         unit = ("polymer" if polymer[row] else "other", row[0], *alone)
         author.setdefault(unit, row[5])
-        unseen = {(key,): None for key in listed[row[0]]} if polymer[row] else {}
-        units.setdefault(unit, unseen)[(row[1],) if polymer[row] and scheme else row[1:5]] = row
+        members: dict[tuple[str, ...], tuple[str, ...] | None] = {}
+        members |= {(number,): None for number in listed[row[0]]} if polymer[row] else {}
+        units.setdefault(unit, members)[(row[1],) if polymer[row] and scheme else row[1:5]] = row
     table: dict[str, list] = {name: [] for name in ("name", "chain", "unit", "number", "polymer")}
     kinds, found = [], {}
     for number, (unit, members) in enumerate(units.items()):
@@ -197,8 +198,10 @@ def _residues(atoms: dict[str, np.ndarray], scheme: list[tuple[str, ...]], entit
 
 def _bonds(block: Any, found: dict[tuple[str, ...], int]) -> tuple[tuple[End, End], ...]:
     """The covalent bonds of `_struct_conn`, by the author's or the file's own names, whichever it has."""
-    by_author = {(row[5], row[2], row[4]): residue for row, residue in found.items()}
-    by_label = {(row[0], row[1], row[4]): residue for row, residue in found.items() if row[1].isdigit()}
+    by_author: dict[tuple[str, ...], int] = {(row[5], row[2], row[4]): residue for row, residue in found.items()}
+    by_label: dict[tuple[str, ...], int] = {
+        (row[0], row[1], row[4]): residue for row, residue in found.items() if row[1].isdigit()
+    }
     bonds: dict[tuple[End, End], None] = {}
     category = "_struct_conn."
     for naming, known in (("auth", by_author), ("label", by_label)):
@@ -264,7 +267,7 @@ def write_mmcif(
         made.set_all_values([[_quoted(cif, value) for value in column] for column in columns.values()])
 
     unit = structure.residue_unit
-    asym = [_letters(number) for number in range(len(structure.unit_kind))]
+    asym = [unit_name(number) for number in range(len(structure.unit_kind))]
     members = [structure.residue_name[unit == number].tolist() for number in range(len(asym))]
     keys = [(kind, *names) for kind, names in zip(structure.unit_kind, members)]
     entity = {key: str(number) for number, key in enumerate(dict.fromkeys(keys), start=1)}
@@ -328,7 +331,7 @@ def write_mmcif(
     document.write_file(os.fspath(path))
 
 
-def _letters(number: int) -> str:
+def unit_name(number: int) -> str:
     """A, B, ... Z, AA, BA, ...: names of units."""
     name = ""
     number += 1

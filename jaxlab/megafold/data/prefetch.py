@@ -12,7 +12,8 @@ class Prefetch(Generic[T]):
     """Iterates over `source` a few items ahead; a context manager that ends its thread.
 
     Example:
-        with Prefetch(make_batch([crop(cache.get(path), key, max_tokens=64)], config, key) for path, key in work) as batches:
+        source = (make_batch([crop(cache.get(path), key, max_tokens=64)], config, key) for path, key in work)
+        with Prefetch(source) as batches:
             for batch in batches:
                 state, metrics = train_step(state, batch, key)
 

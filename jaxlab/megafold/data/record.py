@@ -55,7 +55,7 @@ def read_record(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, np.ndar
 
 def checksum(buffer: np.ndarray, entries: dict[str, Any]) -> int:
     """CRC-32 of the bytes and of what is said about them."""
-    return zlib.crc32(buffer, zlib.crc32(repr(sorted(entries.items())).encode()))
+    return zlib.crc32(buffer.data, zlib.crc32(repr(sorted(entries.items())).encode()))
 
 
 def _pack(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

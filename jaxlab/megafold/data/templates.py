@@ -51,7 +51,9 @@ def read_template(path: str | os.PathLike, sequence: Sequence[str]) -> ChainTemp
         residues = residues[[unit in proteins for unit in structure.residue_unit[residues].tolist()]]
         if not len(residues):
             continue
-        pairs = [(at, int(residues[other])) for at, other in aligned(sequence, structure.residue_name[residues].tolist())]
+        pairs = [
+            (at, int(residues[other])) for at, other in aligned(sequence, structure.residue_name[residues].tolist())
+        ]
         alike = sum(sequence[at] == structure.residue_name[other] for at, other in pairs)
         if best is None or alike > best[0]:
             best = alike, pairs
