@@ -57,12 +57,7 @@ def parse_a3m(text: str, *, file: str | os.PathLike | None = None) -> MSA:
     if not starts or first < starts[0]:
         raise A3MError(name, first + 1, f"expected '>' and a name, got {lines[first].strip()[:40]!r}")
     ends = [*starts[1:], len(lines)]
-    rows = [
-        lines[start + 1] if end - start == 2 else "".join(map(str.strip, lines[start + 1 : end]))
-        for start, end in zip(starts, ends)
-    ]
-    if any(row != row.rstrip() for row in (rows[0], rows[-1])):  # carriage returns, and such
-        rows = [row.strip() for row in rows]
+    rows = ["".join(map(str.strip, lines[start + 1 : end])) for start, end in zip(starts, ends)]
     sizes = np.array([len(row) for row in rows])
     joined = "".join(rows)
     data = np.frombuffer(joined.encode("latin-1", "replace"), np.uint8)  # what is not Latin becomes '?'

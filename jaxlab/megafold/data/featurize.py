@@ -55,8 +55,10 @@ class Options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"options: unknown {name!r}; did you mean {near!r}? known: {known}")
-        made = cls(**(options or {}))
-        return made if made.ccd is None else dataclasses.replace(made, ccd=os.fspath(made.ccd))
+        given = dict(options or {})
+        if given.get("ccd") is not None:
+            given["ccd"] = os.fspath(given["ccd"])
+        return cls(**given)
 
 
 def featurize(

@@ -70,7 +70,7 @@ def parse_mmcif(content: bytes, *, file: str = "mmCIF") -> Structure:
         atom_name=atoms["label_atom_id"][order],
         res_name=names[residue],
         chain_id=chains[residue],
-        element=np.char.upper(atoms["type_symbol"][order]),
+        element=_elements(atoms)[order],
         b_factor=atoms["B_iso_or_equiv"][order].astype(np.float32),
         occupancy=atoms["occupancy"][order].astype(np.float32),
         residue=residue,
@@ -121,6 +121,18 @@ def _atoms(block: Any, file: str) -> dict[str, np.ndarray]:
     first = {name: column[models == models[0]] for name, column in atoms.items()}
     kept = _likeliest(first)
     return {name: column[kept] for name, column in first.items()}
+
+
+def _elements(atoms: dict[str, np.ndarray]) -> np.ndarray:
+    """Upper-case symbols; of an atom that is named as its component is, an ion, that name.
+
+    Some assemblies keep only the first letter of a symbol.
+    """
+    element = require("gemmi", "folding").Element
+    symbols, names = np.char.upper(atoms["type_symbol"]), np.char.upper(atoms["label_atom_id"])
+    alone = (names == atoms["label_comp_id"]) & (symbols != names)
+    known = {name for name in set(names[alone].tolist()) if element(name).atomic_number}
+    return np.where(alone & np.isin(names, list(known)), names, symbols)
 
 
 def _place(atoms: dict[str, np.ndarray], index: int) -> tuple[str, ...]:
