@@ -59,15 +59,15 @@ def checksum(buffer: np.ndarray, entries: dict[str, Any]) -> int:
 
 
 def _pack(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    made = {name: _narrow(value) for name, value in features.items() if name not in _SHORT}
+    made = {name: narrow(value) for name, value in features.items() if name not in _SHORT}
     mask, values = features["msa_mask"], features["deletion_value"]
     begins = np.flatnonzero(np.append(True, (mask[1:] != mask[:-1]).any(axis=1)))
     made["mask_rows"] = mask[begins]
     made["mask_repeats"] = np.diff(np.append(begins, len(mask)))
     deleted = np.flatnonzero(values)
-    made["deletions_at"] = _narrow(deleted)
+    made["deletions_at"] = narrow(deleted)
     made["deletions_kinds"], kind = np.unique(values.ravel()[deleted], return_inverse=True)
-    made["deletions_kind"] = _narrow(kind)
+    made["deletions_kind"] = narrow(kind)
     return made
 
 
@@ -89,7 +89,7 @@ def _unpack(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: features[name] for name in FEATURES}
 
 
-def _narrow(value: np.ndarray) -> np.ndarray:
+def narrow(value: np.ndarray) -> np.ndarray:
     """The same integers in the narrowest type."""
     if value.dtype.kind not in "iu" or not value.size:
         return value
