@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from jaxlab.megafold.data.a3m import MSA, A3MError, parse_a3m
     from jaxlab.megafold.data.batch import make_batch
     from jaxlab.megafold.data.cache import CacheCorruptionError, CacheStats, FeatureCache
-    from jaxlab.megafold.data.crop import crop
-    from jaxlab.megafold.data.featurize import Options, featurize
+    from jaxlab.megafold.data.cropping import crop
+    from jaxlab.megafold.data.featurization import Options, featurize
     from jaxlab.megafold.data.jobs import Chain, Job, from_sequences, read_job
     from jaxlab.megafold.data.layout import with_coords
     from jaxlab.megafold.data.mmcif import MMCIFError, read_mmcif, write_mmcif
@@ -62,8 +62,8 @@ __getattr__, __dir__ = lazy.attach(
         "a3m": ("MSA", "A3MError", "parse_a3m"),
         "batch": ("make_batch",),
         "cache": ("CacheCorruptionError", "CacheStats", "FeatureCache"),
-        "crop": ("crop",),
-        "featurize": ("Options", "featurize"),
+        "cropping": ("crop",),
+        "featurization": ("Options", "featurize"),
         "jobs": ("Chain", "Job", "from_sequences", "read_job"),
         "layout": ("with_coords",),
         "mmcif": ("MMCIFError", "read_mmcif", "write_mmcif"),

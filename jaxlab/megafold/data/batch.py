@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxlab.megafold.config import AF3Config
-from jaxlab.megafold.data.crop import keep, keep_rows
+from jaxlab.megafold.data.cropping import keep, keep_rows
 from jaxlab.megafold.data.synthetic import key_generator
 from jaxlab.megafold.features import FEATURES, abstract_batch, sizes
 

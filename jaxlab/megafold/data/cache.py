@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxlab.core import tasks
 from jaxlab.core.data import registry
-from jaxlab.megafold.data.featurize import Options, Paths, TemplatePaths, featurize
+from jaxlab.megafold.data.featurization import Options, Paths, TemplatePaths, featurize
 from jaxlab.megafold.data.mmcif import read_mmcif
 from jaxlab.megafold.data.record import read_record, write_record
 from jaxlab.megafold.features import FEATURES, RESTYPES
