@@ -216,7 +216,7 @@ def test_pruning(small, tmp_path):
 
 
 def test_writers_at_once(small, tmp_path):
-    """Many caches over one folder, some writing one record: every read is whole, nothing is left over."""
+    """Many caches over one folder, one of them writing again and again: every read is whole, nothing is left."""
     caches = [FeatureCache(tmp_path / "cache", strict=True) for _ in range(6)]
     results = [None] * len(caches)
 

@@ -179,9 +179,9 @@ def _residues(atoms: dict[str, np.ndarray], scheme: list[tuple[str, ...]], entit
         alone = () if polymer[row] or row[0] not in mixed else row[1:4]
         unit = ("polymer" if polymer[row] else "other", row[0], *alone)
         author.setdefault(unit, row[5])
-        members: dict[tuple[str, ...], tuple[str, ...] | None] = {}
-        members |= {(number,): None for number in listed[row[0]]} if polymer[row] else {}
-        units.setdefault(unit, members)[(row[1],) if polymer[row] and scheme else row[1:5]] = row
+        if unit not in units:  # a polymer begins with all that the table lists, seen or not
+            units[unit] = {(number,): None for number in listed[row[0]]} if polymer[row] else {}
+        units[unit][(row[1],) if polymer[row] and scheme else row[1:5]] = row
     table: dict[str, list] = {name: [] for name in ("name", "chain", "unit", "number", "polymer")}
     kinds, found = [], {}
     for number, (unit, members) in enumerate(units.items()):

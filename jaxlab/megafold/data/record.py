@@ -59,7 +59,7 @@ def checksum(buffer: np.ndarray, entries: dict[str, Any]) -> int:
 
 
 def _pack(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    made = {name: narrow(value) for name, value in features.items() if name not in _SHORT}
+    made = {name: narrow(features[name]) for name in FEATURES if name not in _SHORT}
     mask, values = features["msa_mask"], features["deletion_value"]
     begins = np.flatnonzero(np.append(True, (mask[1:] != mask[:-1]).any(axis=1)))
     made["mask_rows"] = mask[begins]
