@@ -9,6 +9,7 @@ A row of up to `Tiles.depth` (or `columns`, where rows are the result) is held w
 for the statistics, merged part by part (Chan, Golub and LeVeque, 1979), then again for the products, from the cache.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -75,9 +76,9 @@ def product(
     """x^ weights + constant."""
     (m, k), n = x.shape, weights.shape[1]
     tiles = tiles or _FORWARD_TILES[x.dtype.itemsize]
-    tiles = Tiles(
-        fit(m, tiles.rows), fit(n, tiles.columns), fit(k, tiles.depth), warps=tiles.warps, stages=tiles.stages
-    )
+    # Rows of several parts, the last with a mask, take more registers.
+    depth = fit(k, tiles.depth if k <= tiles.depth or k % tiles.depth == 0 else tiles.depth // 2)
+    tiles = dataclasses.replace(tiles, rows=fit(m, tiles.rows), columns=fit(n, tiles.columns), depth=depth)
     return pl.pallas_call(
         functools.partial(_product_kernel, eps=eps, tiles=tiles),
         out_shape=output_like((m, n), x.dtype, x),
@@ -117,9 +118,8 @@ def rows_gradient(
     """The gradient of x, and the mean and reciprocal deviation of its rows in float32."""
     (m, k), n = x.shape, weights.shape[1]
     tiles = tiles or _ROWS_TILES[x.dtype.itemsize, k > 256]
-    tiles = Tiles(
-        fit(m, tiles.rows), fit(k, tiles.columns), fit(n, tiles.depth), warps=tiles.warps, stages=tiles.stages
-    )
+    sides = {"rows": fit(m, tiles.rows), "columns": fit(k, tiles.columns), "depth": fit(n, tiles.depth)}
+    tiles = dataclasses.replace(tiles, **sides)
     moment = output_like((m,), jnp.float32, x)
     d_x, mean, rstd = pl.pallas_call(
         functools.partial(_rows_kernel, eps=eps, tiles=tiles),
@@ -167,11 +167,10 @@ def weights_sums(
     """x^T d_out, and the sum of d_out's rows, float32."""
     (m, k), n = x.shape, d_out.shape[1]
     tiles = tiles or _SUMS_TILES[x.dtype.itemsize]
-    tiles = Tiles(
-        fit(k, tiles.rows), fit(n, tiles.columns), fit(m, tiles.depth), warps=tiles.warps, stages=tiles.stages
-    )
+    sides = {"rows": fit(k, tiles.rows), "columns": fit(n, tiles.columns), "depth": fit(m, tiles.depth)}
+    tiles = dataclasses.replace(tiles, **sides)
     grid = pl.cdiv(k, tiles.rows) * pl.cdiv(n, tiles.columns)
-    shares = shares_of(m, tiles.depth, grid)
+    shares = shares_of(m, tiles.depth, pl.cdiv(_PROGRAMS, grid))
     sums, totals = pl.pallas_call(
         functools.partial(_sums_kernel, tiles=tiles),
         out_shape=(output_like((shares, k, n), jnp.float32, x), output_like((shares, n), jnp.float32, x)),
@@ -296,16 +295,17 @@ def rows_of(tile: Any, size: int, rows: int) -> tuple[Array, Array, Array | None
     return row, row if real is None else jnp.minimum(row, rows - 1), real
 
 
-def shares_of(rows: int, depth: int, programs: int) -> int:
-    """Into how many shares the rows are divided where a sum over one takes so many programs."""
-    return max(1, min(pl.cdiv(_PROGRAMS, programs), pl.cdiv(rows, depth)))
+def shares_of(rows: int, depth: int, most: int) -> int:
+    """Into how many shares of whole tiles the rows are divided, none empty."""
+    tiles = pl.cdiv(rows, depth)
+    return pl.cdiv(tiles, pl.cdiv(tiles, most))
 
 
-def share_steps(share: Any, shares: int, rows: int, depth: int) -> tuple[Array, Array]:
+def share_steps(share: Any, shares: int, rows: int, depth: int) -> tuple[Any, Any]:
     """First and last + 1 tile of rows of a share."""
     tiles = pl.cdiv(rows, depth)
     each = pl.cdiv(tiles, shares)
-    return jnp.minimum(share * each, tiles), jnp.minimum((share + 1) * each, tiles)
+    return share * each, jnp.minimum((share + 1) * each, tiles)
 
 
 def fit(length: int, most: int) -> int:

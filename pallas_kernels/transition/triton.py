@@ -10,6 +10,7 @@ Longer rows, of which there are few, do not fit: they are taken some at a time b
 plain products, and the hidden layer of a chunk is all that exists.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -38,8 +39,9 @@ from pallas_kernels.layernorm_linear.triton import (
 from pallas_kernels.layernorm_linear.xla import cut, folded, over_rows, put, weight_gradients
 from pallas_kernels.transition.xla import swiglu_gradient
 
-_WIDEST = 128  # channels of the fused kernels
-_CHUNK = 8192  # rows of the others
+WIDEST = 128  # channels of the fused kernels
+_CHUNK = 2048  # rows of the others
+_PROGRAMS = 132  # that share a sum: one for each core of an H100, which holds one; the same on every GPU
 
 
 def forward(
@@ -58,7 +60,7 @@ def forward(
     weights, constant = folded(scale, offset, w_in, None, x)
     weights, back = weights.astype(x.dtype), w_out.astype(x.dtype)
     settings = {"eps": eps, "interpret": interpret}
-    if x.shape[1] <= _WIDEST:
+    if x.shape[1] <= WIDEST:
         return _forward(x, weights, constant, back, **settings)
 
     def chunk(at, size, fresh, out):
@@ -86,7 +88,7 @@ def backward(
     check(interpret, x)
     weights, constant = folded(scale, offset, w_in, None, x)
     args = x, weights.astype(x.dtype), constant, w_out.astype(x.dtype), d_out
-    if x.shape[1] <= _WIDEST:
+    if x.shape[1] <= WIDEST:
         d_x, *moments = _rows_gradient(*args, eps=eps, interpret=interpret)
         sums, total, d_back = _weights_sums(*args, *moments, interpret=interpret)
     else:
@@ -131,7 +133,7 @@ def _tiles(table, x, back):
     """rows: of x in a step; columns: all channels; depth: hidden units in a step."""
     tiles = table[x.dtype.itemsize]
     (hidden, channels), rows = back.shape, fit(x.shape[0], tiles.rows)
-    return Tiles(rows, fit(channels, _WIDEST), fit(hidden, tiles.depth), warps=tiles.warps, stages=tiles.stages)
+    return dataclasses.replace(tiles, rows=rows, columns=fit(channels, WIDEST), depth=fit(hidden, tiles.depth))
 
 
 def _forward(x, weights, constant, back, *, eps, interpret):
@@ -150,7 +152,8 @@ def _forward_kernel(
 
     def step(i, total):
         unit, inside = span(i, tiles.depth, back_ref.shape[0])
-        value, gate, _ = _hidden(normal, w_ref, constant_ref, column, wanted, unit, inside)
+        w, constants = _hidden_weights(w_ref, constant_ref, column, wanted, unit, inside)
+        value, gate = (dot(normal, part, 0) + constant[None, :] for part, constant in zip(w, constants))
         back = load(back_ref, (unit[:, None], column[None, :]), upright(inside), flat(wanted))
         return total + dot((gate * jax.nn.sigmoid(gate) * value).astype(back.dtype), back, 0)
 
@@ -159,15 +162,11 @@ def _forward_kernel(
     store(out_ref, (row[:, None], column[None, :]), total, upright(real), flat(wanted))
 
 
-def _hidden(normal, w_ref, constant_ref, column, wanted, unit, inside):
-    """Value and gate of some hidden units, zeros past the end, and their weights."""
-    half = w_ref.shape[1] // 2
-    w = [
-        load(w_ref, (column[:, None], (start + unit)[None, :]), upright(wanted), flat(inside)) for start in (0, half)
-    ]
-    constants = (load(constant_ref, (start + unit,), inside)[None, :] for start in (0, half))
-    value, gate = (dot(normal, part, 0) + constant for part, constant in zip(w, constants))
-    return value, gate, w
+def _hidden_weights(w_ref, constant_ref, column, wanted, unit, inside):
+    """Weights [channels, units] and constants [units] of the value and of the gate of some hidden units."""
+    places = unit, w_ref.shape[1] // 2 + unit
+    w = [load(w_ref, (column[:, None], place[None, :]), upright(wanted), flat(inside)) for place in places]
+    return w, [load(constant_ref, (place,), inside) for place in places]
 
 
 def _rows_gradient(x, weights, constant, back, d_out, *, eps, interpret):
@@ -201,7 +200,8 @@ def _rows_kernel(
 
     def step(i, total):
         unit, inside = span(i, tiles.depth, back_ref.shape[0])
-        value, gate, w = _hidden(normal, w_ref, constant_ref, column, wanted, unit, inside)
+        w, constants = _hidden_weights(w_ref, constant_ref, column, wanted, unit, inside)
+        value, gate = (dot(normal, part, 0) + constant[None, :] for part, constant in zip(w, constants))
         back = load(back_ref, (unit[:, None], column[None, :]), upright(inside), flat(wanted))
         _, d_value, d_gate = _swiglu(value, gate, dot(d_out, back, 1), back.dtype)
         return total + dot(d_value, w[0], 1) + dot(d_gate, w[1], 1)
@@ -224,7 +224,7 @@ def _weights_sums(x, weights, constant, back, d_out, mean, rstd, *, interpret):
     """x^T d_hidden, the sum of d_hidden's rows, and hidden^T d_out, in float32."""
     tiles = _tiles(_SUMS_TILES, x, back)
     units = pl.cdiv(back.shape[0], tiles.depth)
-    shares = shares_of(x.shape[0], tiles.rows, units)
+    shares = shares_of(x.shape[0], tiles.rows, pl.cdiv(_PROGRAMS, units))
     shapes = weights.shape, weights.shape[1:], back.shape
     out = tuple(output_like((shares, *shape), jnp.float32, x) for shape in shapes)
     call = _call(_sums_kernel, "transition_weights_sums", out, shares * units, tiles, interpret)
@@ -250,30 +250,32 @@ def _sums_kernel(
     share = pl.program_id(0) // units
     unit, inside = span(pl.program_id(0) % units, tiles.depth, half)
     column, wanted = span(0, tiles.columns, x_ref.shape[1])
+    w, constants = _hidden_weights(w_ref, constant_ref, column, wanted, unit, inside)
     back = load(back_ref, (unit[:, None], column[None, :]), upright(inside), flat(wanted))
 
     def step(i, carry):
+        # Transposed, [units, rows]: what is summed is then at hand as the left factor.
         _, safe, real = rows_of(i, tiles.rows, rows)
         x = load(x_ref, (safe[:, None], column[None, :]), flat(wanted)).astype(jnp.float32)
         normal = ((x - load(mean_ref, (safe,))[:, None]) * load(rstd_ref, (safe,))[:, None]).astype(back.dtype)
         d_out = load(d_ref, (safe[:, None], column[None, :]), upright(real), flat(wanted))
-        value, gate, _ = _hidden(normal, w_ref, constant_ref, column, wanted, unit, inside)
-        product, *d_hidden = _swiglu(value, gate, dot(d_out, back, 1), back.dtype)
-        d_value, d_gate = d_hidden
-        sums = (dot(normal.T, d_value, 0), dot(normal.T, d_gate, 0), dot(d_out.T, product, 0))
-        totals = (jnp.sum(d.astype(jnp.float32), axis=0) for d in d_hidden)
+        value, gate = (dot(part.T, normal, 1) + constant[:, None] for part, constant in zip(w, constants))
+        product, *d_hidden = _swiglu(value, gate, dot(back, d_out, 1), back.dtype)
+        sums = dot(d_hidden[0], normal, 0), dot(d_hidden[1], normal, 0), dot(product, d_out, 0)
+        # A product with ones takes fewer registers than a sum across threads.
+        totals = (dot(d, jnp.ones((tiles.rows, 16), d.dtype), 0) for d in d_hidden)
         return tuple(old + new for old, new in zip(carry, (*sums, *totals)))
 
-    start = [jnp.zeros((tiles.columns, tiles.depth), jnp.float32)] * 3 + [jnp.zeros(tiles.depth, jnp.float32)] * 2
+    start = [jnp.zeros((tiles.depth, tiles.columns), jnp.float32)] * 3 + [jnp.zeros((tiles.depth, 16), jnp.float32)] * 2
     carry = lax.fori_loop(*share_steps(share, shares, rows, tiles.rows), step, tuple(start))
-    for first, sums, total in ((0, carry[0], carry[3]), (half, carry[1], carry[4])):
-        where = (share, column[:, None], (first + unit)[None, :])
-        store(sums_ref, where, sums, upright(wanted), flat(inside))
-        store(total_ref, (share, first + unit), total, inside)
-    store(back_sums_ref, (share, unit[None, :], column[:, None]), carry[2], upright(wanted), flat(inside))
+    masks = upright(inside), flat(wanted)
+    for place, sums, total in zip((unit, half + unit), carry[:2], carry[3:]):
+        store(sums_ref, (share, column[None, :], place[:, None]), sums, *masks)
+        store(total_ref, (share, place), jnp.max(total, axis=1), inside)  # all columns are the same
+    store(back_sums_ref, (share, unit[:, None], column[None, :]), carry[2], *masks)
 
 
 # By bytes of an element; what the compiler makes of them is in docs/kernels.md.
-_FORWARD_TILES = {2: Tiles(128, 128, 64, warps=8, stages=2), 4: Tiles(64, 128, 32, warps=8, stages=2)}
-_ROWS_TILES = {2: Tiles(128, 128, 32, warps=8, stages=2), 4: Tiles(64, 128, 16, warps=8, stages=2)}
-_SUMS_TILES = {2: Tiles(64, 128, 64, warps=8, stages=2), 4: Tiles(32, 128, 32, warps=8, stages=2)}
+_FORWARD_TILES = {2: Tiles(128, 128, 32, warps=8, stages=3), 4: Tiles(64, 128, 32, warps=8, stages=2)}
+_ROWS_TILES = {2: Tiles(128, 128, 32, warps=8, stages=2), 4: Tiles(32, 128, 32, warps=8, stages=2)}
+_SUMS_TILES = {2: Tiles(32, 128, 64, warps=8, stages=3), 4: Tiles(32, 128, 32, warps=8, stages=2)}
