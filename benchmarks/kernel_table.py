@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import kernels as shapes
+from benchmarks import megafold_fusions as fusions
 from benchmarks.harness import interleaved
 from jaxlab import _platform
 from jaxlab.core.errors import MissingExtra
@@ -24,12 +25,15 @@ from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.fused_adam import fused_adam
 from pallas_kernels.grad_stats import grad_stats
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.layernorm_linear import layernorm_linear
 from pallas_kernels.packed_moe_matmul import packed_moe_matmul
 from pallas_kernels.token_combine import token_combine
 from pallas_kernels.token_gather import token_gather
+from pallas_kernels.transition import transition
 from tests.oracles import adam as adam_oracle
 from tests.oracles import attention as attention_oracle
 from tests.oracles import grouped_matmul as grouped_oracle
+from tests.oracles import layernorm_fusions as fusions_oracle
 from tests.oracles import packed_moe_matmul as packed_oracle
 from tests.oracles import token_rows as rows_oracle
 
@@ -222,6 +226,25 @@ def _token_gpu_shapes(op):
     return (tokens, ids, inv, count, rows) if op is token_gather else (rows, weights, inv, ids, count, tokens)
 
 
+def _linear(x, scale, offset, w, cotangent):
+    *gradients, _ = fusions_oracle.layernorm_linear_gradients(x, scale, offset, w, np.zeros(w.shape[1]), cotangent)
+    return fusions_oracle.layernorm_linear(x, scale, offset, w, np.zeros(w.shape[1])), *gradients
+
+
+def _transition(*args):
+    return fusions_oracle.transition(*args[:-1]), *fusions_oracle.transition_gradients(*args)
+
+
+def _fusion_arrays(op, *sizes):
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in fusions.shapes(op, *sizes)[:-1]]
+    return (*arrays[:3], *(w / np.sqrt(w.shape[0]) for w in arrays[3:]))
+
+
+def _fusion_gpu_shapes(op, *sizes):
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in fusions.shapes(op, *sizes))
+
+
 OPS = (
     Op(
         name="grouped_matmul",
@@ -341,6 +364,64 @@ OPS = (
         differentiate=(),
         gpu_shapes=lambda: _adam_gpu_shapes()[:1],
         gpu_shape="16777216 float32 elements",
+    ),
+    Op(
+        name="layernorm_linear",
+        what="LayerNorm and the product after it (MegaFold), the normalised rows never stored.",
+        function=layernorm_linear,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "reference"),
+        arrays=functools.partial(_fusion_arrays, layernorm_linear, 16384, 128, 16),
+        shape="16384 rows of 128 channels to 16",
+        oracle=_linear,
+        differentiate=(0, 1, 2, 3),
+        gpu_shapes=functools.partial(_fusion_gpu_shapes, layernorm_linear, *fusions.LINEAR),
+        gpu_shape="147456 rows (384 x 384 pairs) of 128 channels to 16, bfloat16",
+        notes="The temporaries of the gradients are two numbers a row and the partial sums of the weights' gradients.",
+    ),
+    Op(
+        name="layernorm_linear, long rows",
+        what="The same of rows that no core holds whole.",
+        function=layernorm_linear,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "reference"),
+        arrays=functools.partial(_fusion_arrays, layernorm_linear, 1024, 768, 512),
+        shape="1024 rows of 768 channels to 512",
+        oracle=_linear,
+        differentiate=(0, 1, 2, 3),
+        gpu_shapes=functools.partial(_fusion_gpu_shapes, layernorm_linear, 18432, 768, 1536),
+        gpu_shape="18432 rows (48 samples of 384 tokens) of 768 channels to 1536, bfloat16",
+    ),
+    Op(
+        name="transition",
+        what="AlphaFold 3's transition (MegaFold): LayerNorm, SwiGLU and the way back, no hidden layer stored.",
+        function=transition,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "reference"),
+        arrays=functools.partial(_fusion_arrays, transition, 4096, 128, 512),
+        shape="4096 rows of 128 channels, 512 hidden units",
+        oracle=_transition,
+        differentiate=(0, 1, 2, 3, 4),
+        gpu_shapes=functools.partial(_fusion_gpu_shapes, transition, 147456, 128, 512),
+        gpu_shape="147456 rows (384 x 384 pairs) of 128 channels, 512 hidden units, bfloat16",
+        notes="The temporaries of the gradients are two numbers a row and the partial sums of the weights' gradients.",
+    ),
+    Op(
+        name="transition, long rows",
+        what="The same of rows that no core holds whole: by chunks, with the kernels of `layernorm_linear`.",
+        function=transition,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "reference"),
+        arrays=functools.partial(_fusion_arrays, transition, 512, 768, 1536),
+        shape="512 rows of 768 channels, 1536 hidden units",
+        oracle=_transition,
+        differentiate=(0, 1, 2, 3, 4),
+        gpu_shapes=functools.partial(_fusion_gpu_shapes, transition, 18432, 768, 1536),
+        gpu_shape="18432 rows (48 samples of 384 tokens) of 768 channels, 1536 hidden units, bfloat16",
     ),
 )
 

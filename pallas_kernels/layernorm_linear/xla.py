@@ -16,8 +16,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import zeros_alike
 
-_CHUNK = 256  # rows; more leave a core's cache
-
 
 def forward(
     x: Float[Array, "m k"],
@@ -36,7 +34,7 @@ def forward(
         normal, _ = standardise(cut(x, at, size, weights.dtype), eps)
         return put(out, normal @ weights + constant, at)
 
-    return over_rows(x.shape[0], _CHUNK, chunk, zeros_alike((x.shape[0], w.shape[1]), x.dtype, x))
+    return over_rows(x.shape[0], chunk_of(x), chunk, zeros_alike((x.shape[0], w.shape[1]), x.dtype, x))
 
 
 def backward(
@@ -60,7 +58,7 @@ def backward(
         return d_x, product + transposed(normal) @ d_own, total + jnp.sum(d_own, axis=0)
 
     start = (x, zeros_alike(w.shape, wide, x), zeros_alike(w.shape[1:], wide, x))
-    d_x, product, total = over_rows(x.shape[0], _CHUNK, chunk, start)
+    d_x, product, total = over_rows(x.shape[0], chunk_of(x), chunk, start)
     return d_x, *weight_gradients(scale, offset, w, product, total), total
 
 
@@ -94,6 +92,11 @@ def standardise(x: Float[Array, "r k"], eps: float) -> tuple[Float[Array, "r k"]
 def through_norm(d: Float[Array, "r k"], normal: Float[Array, "r k"], rstd: Float[Array, "r 1"]) -> Float[Array, "r k"]:
     """The gradient of the rows from that of the standardised rows."""
     return rstd * (d - normal * jnp.mean(d * normal, axis=1, keepdims=True) - jnp.mean(d, axis=1, keepdims=True))
+
+
+def chunk_of(x: Array) -> int:
+    """Rows of a chunk: few enough for a core's cache, enough for their product to outweigh adding it to the sum."""
+    return max(256, 2 * x.shape[1])
 
 
 def over_rows(rows: int, chunk: int, body: Callable[..., Any], carry: Any) -> Any:

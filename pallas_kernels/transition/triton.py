@@ -1,10 +1,10 @@
 """The transition as Pallas kernels on the Triton backend (NVIDIA, AMD).
 
-Rows of up to 128 channels, the pair representation's, are fused whole: a program holds its tile of standardised rows
-x^ and walks over the hidden layer in tiles that never leave the core. The backward pass does the same twice, making
-value and gate again: `_rows_kernel` sums the gradient of the rows over the hidden layer, `_sums_kernel` holds a tile of
-the hidden layer and sums x^T d_hidden and hidden^T d_out over a share of the rows. Scale and offset are folded into the
-weights (see `layernorm_linear.xla`).
+Rows of up to 128 channels (64 in float32), the pair representation's, are fused whole: a program holds its tile of
+standardised rows x^ and walks over the hidden layer in tiles that never leave the core. The backward pass does the same
+twice, making value and gate again: `_rows_kernel` sums the gradient of the rows over the hidden layer, `_sums_kernel`
+holds a tile of the hidden layer and sums x^T d_hidden and hidden^T d_out over a share of the rows. Scale and offset are
+folded into the weights (see `layernorm_linear.xla`).
 
 Longer rows, of which there are few, do not fit: they are taken some at a time by the kernels of `layernorm_linear` and
 plain products, and the hidden layer of a chunk is all that exists.
@@ -39,7 +39,7 @@ from pallas_kernels.layernorm_linear.triton import (
 from pallas_kernels.layernorm_linear.xla import cut, folded, over_rows, put, weight_gradients
 from pallas_kernels.transition.xla import swiglu_gradient
 
-WIDEST = 128  # channels of the fused kernels
+WIDEST = {2: 128, 4: 64}  # channels of the fused kernels, by bytes of an element: wider ones leave no registers
 _CHUNK = 2048  # rows of the others
 _PROGRAMS = 132  # that share a sum: one for each core of an H100, which holds one; the same on every GPU
 
@@ -60,7 +60,7 @@ def forward(
     weights, constant = folded(scale, offset, w_in, None, x)
     weights, back = weights.astype(x.dtype), w_out.astype(x.dtype)
     settings = {"eps": eps, "interpret": interpret}
-    if x.shape[1] <= WIDEST:
+    if x.shape[1] <= WIDEST[x.dtype.itemsize]:
         return _forward(x, weights, constant, back, **settings)
 
     def chunk(at, size, fresh, out):
@@ -88,7 +88,7 @@ def backward(
     check(interpret, x)
     weights, constant = folded(scale, offset, w_in, None, x)
     args = x, weights.astype(x.dtype), constant, w_out.astype(x.dtype), d_out
-    if x.shape[1] <= WIDEST:
+    if x.shape[1] <= WIDEST[x.dtype.itemsize]:
         d_x, *moments = _rows_gradient(*args, eps=eps, interpret=interpret)
         sums, total, d_back = _weights_sums(*args, *moments, interpret=interpret)
     else:
@@ -133,7 +133,7 @@ def _tiles(table, x, back):
     """rows: of x in a step; columns: all channels; depth: hidden units in a step."""
     tiles = table[x.dtype.itemsize]
     (hidden, channels), rows = back.shape, fit(x.shape[0], tiles.rows)
-    return dataclasses.replace(tiles, rows=rows, columns=fit(channels, WIDEST), depth=fit(hidden, tiles.depth))
+    return dataclasses.replace(tiles, rows=rows, columns=fit(channels, tiles.columns), depth=fit(hidden, tiles.depth))
 
 
 def _forward(x, weights, constant, back, *, eps, interpret):
@@ -276,6 +276,6 @@ def _sums_kernel(
 
 
 # By bytes of an element; what the compiler makes of them is in docs/kernels.md.
-_FORWARD_TILES = {2: Tiles(128, 128, 32, warps=8, stages=3), 4: Tiles(64, 128, 32, warps=8, stages=2)}
-_ROWS_TILES = {2: Tiles(128, 128, 32, warps=8, stages=2), 4: Tiles(32, 128, 32, warps=8, stages=2)}
-_SUMS_TILES = {2: Tiles(32, 128, 64, warps=8, stages=3), 4: Tiles(32, 128, 32, warps=8, stages=2)}
+_FORWARD_TILES = {2: Tiles(128, 128, 32, warps=8, stages=3), 4: Tiles(64, 64, 32, warps=8, stages=2)}
+_ROWS_TILES = {2: Tiles(128, 128, 32, warps=8, stages=2), 4: Tiles(64, 64, 32, warps=8, stages=2)}
+_SUMS_TILES = {2: Tiles(32, 128, 64, warps=8, stages=3), 4: Tiles(32, 64, 64, warps=8, stages=2)}

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import zeros_alike
 from pallas_kernels.layernorm_linear.xla import (
+    chunk_of,
     cut,
     folded,
     over_rows,
@@ -20,8 +21,6 @@ from pallas_kernels.layernorm_linear.xla import (
     transposed,
     weight_gradients,
 )
-
-_CHUNK = 256  # rows; more leave a core's cache
 
 
 def forward(
@@ -44,7 +43,7 @@ def forward(
         value, gate = jnp.split(normal @ weights + constant, 2, axis=1)
         return put(out, (jax.nn.silu(gate) * value) @ back, at)
 
-    return over_rows(x.shape[0], row_chunk or _CHUNK, chunk, zeros_alike(x.shape, x.dtype, x))
+    return over_rows(x.shape[0], row_chunk or chunk_of(x), chunk, zeros_alike(x.shape, x.dtype, x))
 
 
 def backward(
@@ -81,7 +80,7 @@ def backward(
         zeros_alike(w_in.shape[1:], wide, x),
         zeros_alike(w_out.shape, wide, x),
     )
-    d_x, product, total, d_back = over_rows(x.shape[0], row_chunk or _CHUNK, chunk, start)
+    d_x, product, total, d_back = over_rows(x.shape[0], row_chunk or chunk_of(x), chunk, start)
     return d_x, *weight_gradients(scale, offset, w_in, product, total), d_back
 
 

@@ -165,7 +165,7 @@ def _gradients(d_out, *args):
 @needs_ptxas
 @pytest.mark.parametrize(
     ("m", "c", "f", "forward", "backward"),
-    [(589824, 128, 512, 1, 20), (18432, 768, 1536, 24, 54)],
+    [(589824, 128, 512, 1, 20), (18432, 768, 1536, 24, 60)],
 )
 def test_compiled_for_h100(m, c, f, forward, backward):
     """Bars of temporaries in MiB; [M, 2F] has 1152 and 108."""
@@ -178,7 +178,7 @@ def test_compiled_for_h100(m, c, f, forward, backward):
         compiled = plan.compile(function, *given, target=target, labels=["input"] * len(given))
         assert compiled.bytes["temporaries"] <= bar * 2**20
         kernels += compiled.kernels
-    assert len(kernels) == (3 if c <= triton.WIDEST else 4)
+    assert len(kernels) == (3 if c <= triton.WIDEST[2] else 4)
     for kernel in kernels:
         assert any(name.startswith("wgmma.mma") for name in kernel.ptx_instructions), kernel.name
         assert kernel.spill_bytes == 0, kernel.name
