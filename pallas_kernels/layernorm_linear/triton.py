@@ -59,8 +59,8 @@ def backward(
     """Gradients of x, scale, offset, w and b, the last four in float32."""
     check(interpret, x)
     weights, _ = folded(scale, offset, w, None, x)
-    d_x, *moments = rows_gradient(x, weights.astype(x.dtype), d_out, eps=eps, interpret=interpret)
-    sums, total = weights_sums(x, *moments, d_out, interpret=interpret)
+    d_x, mean, rstd = rows_gradient(x, weights.astype(x.dtype), d_out, eps=eps, interpret=interpret)
+    sums, total = weights_sums(x, mean, rstd, d_out, interpret=interpret)
     return d_x, *weight_gradients(scale, offset, w, sums, total), total
 
 
@@ -221,16 +221,16 @@ def standardised(
     def deviations(x, inside, mean):
         return x - mean[:, None] if inside is None else jnp.where(inside[None, :], x - mean[:, None], 0.0)
 
-    whole, inside = read(0) if parts == 1 else (None, None)
+    whole = read(0) if parts == 1 else None
 
     def moments(i, carry):
         mean, squares = carry
-        x, inside_ = (whole, inside) if parts == 1 else read(i)
+        x, inside = whole or read(i)
         before = jnp.float32(depth) * jnp.asarray(i, jnp.float32)
         count = jnp.minimum(width - before, depth)
         own = jnp.sum(x, axis=1) / count
         apart, share = own - mean, count / (before + count)
-        own_squares = jnp.sum(jnp.square(deviations(x, inside_, own)), axis=1)
+        own_squares = jnp.sum(jnp.square(deviations(x, inside, own)), axis=1)
         return mean + apart * share, squares + own_squares + apart * apart * before * share
 
     zeros = jnp.zeros(row.shape, jnp.float32)
@@ -238,8 +238,8 @@ def standardised(
     rstd = lax.rsqrt(squares / width + eps)
 
     def part(i):
-        x, inside_ = (whole, inside) if parts == 1 else read(i)
-        return deviations(x, inside_, mean) * rstd[:, None]
+        x, inside = whole or read(i)
+        return deviations(x, inside, mean) * rstd[:, None]
 
     return part, mean, rstd
 

@@ -106,9 +106,9 @@ def _by_chunks(x, weights, constant, back, d_out, *, eps, row_chunk, interpret):
         value, gate = jnp.split(hidden.astype(jnp.float32), 2, axis=1)
         d_product = jnp.matmul(d_own, back.T, preferred_element_type=jnp.float32)
         product, d_hidden = (part.astype(x.dtype) for part in swiglu_gradient(value, gate, d_product))
-        d_rows, *moments = layernorm_linear.rows_gradient(own, weights, d_hidden, eps=eps, interpret=interpret)
+        d_rows, mean, rstd = layernorm_linear.rows_gradient(own, weights, d_hidden, eps=eps, interpret=interpret)
         d_hidden = jnp.where(fresh[:, None], d_hidden, 0)
-        parts = layernorm_linear.weights_sums(own, *moments, d_hidden, interpret=interpret)
+        parts = layernorm_linear.weights_sums(own, mean, rstd, d_hidden, interpret=interpret)
         d_own = jnp.where(fresh[:, None], d_own, 0)
         d_back += jnp.matmul(product.T, d_own, preferred_element_type=jnp.float32)
         return put(d_x, d_rows, at), sums + parts[0], total + parts[1], d_back
