@@ -9,11 +9,21 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
-from pallas_kernels.evo_attention import reference, xla
+from pallas_kernels.evo_attention import reference, triton, triton_backward, xla
 from pallas_kernels.evo_attention.reference import Options
 
-_FORWARD = {"reference": reference.forward, "xla": xla.forward}
-_BACKWARD = {"reference": reference.backward, "xla": xla.backward}
+_FORWARD = {
+    "reference": reference.forward,
+    "xla": xla.forward,
+    "triton": triton.forward,
+    "interpret": functools.partial(triton.forward, interpret=True),
+}
+_BACKWARD = {
+    "reference": reference.backward,
+    "xla": xla.backward,
+    "triton": triton_backward.backward,
+    "interpret": functools.partial(triton_backward.backward, interpret=True),
+}
 
 
 def evo_attention(
@@ -65,23 +75,26 @@ def evo_attention(
     _check(q, k, v, mask, pair_bias, block_q, block_k, row_chunk)
     options = Options(float(q.shape[-1] ** -0.5 if scale is None else scale), block_q, block_k, row_chunk)
     batch, rows, length, heads, _ = q.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
     if q.size == 0:
-        lse = jnp.full((batch, rows, heads, length), -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+        lse = jnp.full((batch, rows, heads, length), -jnp.inf, wide)
         return (jnp.zeros_like(q), lse) if return_lse else jnp.zeros_like(q)
+    shift = jnp.zeros((1, 1, 1, 1, 1), wide)
     if mask is not None:
-        added = jnp.where(mask, 0.0, -jnp.inf) if mask.dtype == bool else mask
-        wide = jnp.promote_types(q.dtype, jnp.float32)
-        mask = jnp.broadcast_to(added.astype(wide), (batch, rows, 1, 1, length))[:, :, 0, 0]
+        mask = jnp.where(mask, 0.0, -jnp.inf) if mask.dtype == bool else mask.astype(wide)
+        # Softmax does not see it, and large numbers would swallow what the log-sum-exp says of the weights.
+        shift = jax.lax.stop_gradient(jnp.max(mask, axis=-1, keepdims=True))
+        shift = jnp.where(shift == -jnp.inf, 0.0, shift)
+        mask = jnp.broadcast_to(mask - shift, (batch, rows, 1, 1, length))[:, :, 0, 0].astype(wide)
     bias = None if pair_bias is None else pair_bias[:, 0]
     if implementation == "reference":
-        made = reference.forward(q, k, v, mask, bias, options=options)
+        out, lse = reference.forward(q, k, v, mask, bias, options=options)
     else:
-        given = [x for x in (q, k, v, mask, bias) if x is not None]
-        given = iter(vary_alike(*given))
+        given = iter(vary_alike(*(x for x in (q, k, v, mask, bias) if x is not None)))
         arrays = [None if x is None else next(given) for x in (q, k, v, mask, bias)]
         names = implementation if isinstance(implementation, str | None) else tuple(implementation)
-        made = _attention((names, options), *arrays)
-    return made if return_lse else made[0]
+        out, lse = _attention((names, options), *arrays)
+    return (out, lse + shift[:, :, 0]) if return_lse else out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
