@@ -74,10 +74,10 @@ def _kernel(
 
 # By bytes of an element and head size; what the compiler makes of them is in docs/kernels.md.
 _TILES = {
-    (2, 32): Tiles(64, 64, warps=4, stages=3),
-    (2, 64): Tiles(64, 64, warps=4, stages=3),
+    (2, 32): Tiles(128, 64, warps=8, stages=3),
+    (2, 64): Tiles(128, 64, warps=8, stages=3),
     (2, 128): Tiles(64, 64, warps=4, stages=2),
-    (4, 32): Tiles(64, 32, warps=4, stages=2),
+    (4, 32): Tiles(128, 32, warps=8, stages=2),
     (4, 64): Tiles(64, 32, warps=4, stages=2),
-    (4, 128): Tiles(64, 32, warps=4, stages=2),
+    (4, 128): Tiles(64, 32, warps=8, stages=2),
 }

@@ -125,7 +125,8 @@ def _keys_kernel(
         dk, dv, d_mask = state
         query = problem.queries(i)
         q, d_out = place.load(q_ref, query, ragged), place.load(d_out_ref, query, ragged)
-        bias = place.load_bias(bias_ref, flat(query), upright(key), ragged, past)
+        bias = place.load_bias(bias_ref, upright(query), flat(key), ragged, past)
+        bias = None if bias is None else bias.T
         logits = logits_of(dot(keys, q, 1), problem.scale, bias, mask)
         weights = jnp.exp2(logits * LOG2_E - place.load_offsets(lse_ref, query, ragged)[None, :])
         dv += dot(weights.astype(q.dtype), d_out, 0)
@@ -213,26 +214,26 @@ def _bias_kernel(
 
 # By bytes of an element and head size; what the compiler makes of them is in docs/kernels.md.
 _KEYS_TILES = {
-    (2, 32): Tiles(64, 64, warps=4, stages=2),
+    (2, 32): Tiles(64, 64, warps=4, stages=3),
     (2, 64): Tiles(64, 64, warps=4, stages=2),
     (2, 128): Tiles(64, 64, warps=4, stages=2),
-    (4, 32): Tiles(32, 32, warps=4, stages=2),
-    (4, 64): Tiles(32, 32, warps=4, stages=2),
-    (4, 128): Tiles(32, 32, warps=4, stages=2),
+    (4, 32): Tiles(32, 64, warps=8, stages=2),
+    (4, 64): Tiles(32, 64, warps=8, stages=2),
+    (4, 128): Tiles(16, 64, warps=8, stages=2),
 }
 _ROWS_TILES = {
-    (2, 32): Tiles(64, 64, warps=4, stages=2),
+    (2, 32): Tiles(64, 64, warps=4, stages=3),
     (2, 64): Tiles(64, 64, warps=4, stages=2),
     (2, 128): Tiles(64, 64, warps=4, stages=2),
-    (4, 32): Tiles(32, 32, warps=4, stages=2),
-    (4, 64): Tiles(32, 32, warps=4, stages=2),
-    (4, 128): Tiles(32, 32, warps=4, stages=2),
+    (4, 32): Tiles(128, 32, warps=8, stages=2),
+    (4, 64): Tiles(64, 32, warps=8, stages=2),
+    (4, 128): Tiles(64, 16, warps=8, stages=2),
 }
 _BIAS_TILES = {
-    (2, 32): Tiles(64, 64, warps=4, stages=2),
+    (2, 32): Tiles(64, 64, warps=4, stages=3),
     (2, 64): Tiles(64, 64, warps=4, stages=2),
-    (2, 128): Tiles(64, 64, warps=4, stages=2),
-    (4, 32): Tiles(32, 32, warps=4, stages=2),
-    (4, 64): Tiles(32, 32, warps=4, stages=2),
-    (4, 128): Tiles(32, 32, warps=4, stages=2),
+    (2, 128): Tiles(64, 128, warps=8, stages=2),
+    (4, 32): Tiles(64, 64, warps=8, stages=2),
+    (4, 64): Tiles(64, 64, warps=8, stages=2),
+    (4, 128): Tiles(64, 32, warps=8, stages=2),
 }

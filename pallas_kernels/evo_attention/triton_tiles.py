@@ -40,11 +40,10 @@ class Problem:
         if dim > MAX_DIM:
             raise NotImplementedError(f"the Triton kernels take heads of up to {MAX_DIM}, got {dim}")
         chosen = tiles[q.dtype.itemsize, max(32, pl.next_power_of_2(dim))]
-        longest = max(16, pl.next_power_of_2(length))
         chosen = dataclasses.replace(
             chosen,
-            rows=options.block_q or min(chosen.rows, longest),
-            columns=options.block_k or min(chosen.columns, longest),
+            rows=options.block_q or _fit(chosen.rows, length),
+            columns=options.block_k or _fit(chosen.columns, length),
         )
         return cls(batch, rows, length, heads, dim, options.scale, chosen)
 
@@ -161,6 +160,14 @@ def logits_of(products: Array, scale: float, bias: Array | None, mask: Array | N
     for added in (bias, mask):
         logits = logits if added is None else logits + added
     return logits
+
+
+def _fit(tile: int, length: int) -> int:
+    """The tile, or half of it as often as that saves an eighth of the work (down to 64: what a warp group multiplies)."""
+    tile = min(tile, max(16, pl.next_power_of_2(length)))
+    while tile > 64 and -(-length // tile) * tile - -(-length // (tile // 2)) * (tile // 2) > length // 8:
+        tile //= 2
+    return tile
 
 
 def _divide(value: Array, by: int) -> tuple[Array, Array]:
