@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import output_like
 from pallas_kernels.evo_attention.reference import Options
 from pallas_kernels.evo_attention.triton_tiles import Problem, logits_of
-from pallas_kernels.flash_attention.triton_tiles import LOG2_E, Tiles, check, dot, flat, upright
+from pallas_kernels.flash_attention.triton_tiles import LOG2_E, Tiles, check, dot, flat
 
 
 def forward(
@@ -54,7 +54,7 @@ def _kernel(
     def step(j, state, ragged):
         out, peak, total = state
         key = problem.keys(j)
-        bias = place.load_bias(bias_ref, upright(query), flat(key), past, ragged)
+        bias = place.load_bias(bias_ref, query, key, past, ragged)
         mask = flat(place.load_mask(mask_ref, key, ragged))
         logits = logits_of(dot(q, place.load(k_ref, key, ragged), 1), problem.scale, bias, mask)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))

@@ -1,10 +1,10 @@
 """The backward pass of attention with a pair bias as Pallas kernels on the Triton backend (NVIDIA, AMD).
 
 All three recompute the weights tile by tile from the log-sum-exp. One takes a tile of keys over all queries and gives
-dk and dv (and the mask's gradient of a head), one a tile of queries over all keys and gives dq. The third takes a tile of
-the bias over all rows, which it adds up in registers: no atomics, one order, the same bits every time, and never an
-[S,H,N,N] array, at the cost of two more products. With a single row that sum is the one term which the second kernel has
-at hand. With few tiles the rows are divided among several programs, whose sums XLA adds.
+dk and dv (and what a head adds to the mask's gradient), one a tile of queries over all keys and gives dq. The third
+takes a tile of the bias over all rows and adds up its gradient in registers: no atomics, one order, the same bits every
+time, and never an [S,H,N,N] array, at the cost of two more products. Of a single row the second has that gradient at
+hand. With few tiles the rows are divided among several programs, whose sums XLA adds.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import output_like
 from pallas_kernels.evo_attention.reference import Options
 from pallas_kernels.evo_attention.triton_tiles import Problem, logits_of
-from pallas_kernels.flash_attention.triton_tiles import LOG2_E, Tiles, check, dot, flat, store, upright
+from pallas_kernels.flash_attention.triton_tiles import LOG2_E, Tiles, check, dot, flat, upright
 
 _PROGRAMS = 512  # that the bias's gradient is divided into at least, if there are rows enough
 _FEWEST_ROWS = 8  # of one of them
@@ -125,8 +125,8 @@ def _keys_kernel(
         dk, dv, d_mask = state
         query = problem.queries(i)
         q, d_out = place.load(q_ref, query, ragged), place.load(d_out_ref, query, ragged)
-        bias = place.load_bias(bias_ref, upright(query), flat(key), ragged, past)
-        bias = None if bias is None else bias.T
+        bias = place.load_bias(bias_ref, query, key, ragged, past)
+        bias = None if bias is None else bias.T  # loaded along its rows, 16 bytes at a time, then turned
         logits = logits_of(dot(keys, q, 1), problem.scale, bias, mask)
         weights = jnp.exp2(logits * LOG2_E - place.load_offsets(lse_ref, query, ragged)[None, :])
         dv += dot(weights.astype(q.dtype), d_out, 0)
@@ -166,13 +166,13 @@ def _rows_kernel(
     def step(j, dq, ragged):
         key = problem.keys(j)
         keys, values = place.load(k_ref, key, ragged), place.load(v_ref, key, ragged)
-        bias = place.load_bias(bias_ref, upright(query), flat(key), past, ragged)
+        bias = place.load_bias(bias_ref, query, key, past, ragged)
         mask = flat(place.load_mask(mask_ref, key, ragged))
         logits = logits_of(dot(q, keys, 1), problem.scale, bias, mask)
         weights = jnp.exp2(logits * LOG2_E - offset[:, None])
         d_logits = weights * (dot(d_out, values, 1) - delta[:, None])
         if d_bias_ref is not None:
-            place.store_bias(d_bias_ref, jnp.int32(0), upright(query), flat(key), past, ragged, value=d_logits)
+            place.store_bias(d_bias_ref, jnp.int32(0), query, key, past, ragged, value=d_logits)
         return dq + dot(d_logits.astype(keys.dtype), keys, 0)
 
     dq = problem.walk(problem.tiles.columns, step, jnp.zeros(q.shape, jnp.float32))
@@ -195,9 +195,8 @@ def _bias_kernel(
 ) -> None:
     part, place, i, j = problem.place_of_pair()
     query, key = problem.queries(i), problem.keys(j)
-    pair = upright(query), flat(key)
     past = tuple(problem.length % tile != 0 for tile in (problem.tiles.rows, problem.tiles.columns))
-    bias = place.load_bias(bias_ref, *pair, *past)
+    bias = place.load_bias(bias_ref, query, key, *past)
 
     def step(row, total):
         at = dataclasses.replace(place, row=row)
@@ -209,7 +208,7 @@ def _bias_kernel(
 
     first, last = (lax.div((part + more) * problem.rows, jnp.int32(parts)) for more in (0, 1))
     total = lax.fori_loop(first, last, step, jnp.zeros((query.size, key.size), jnp.float32))
-    place.store_bias(d_bias_ref, part, *pair, *past, value=total)
+    place.store_bias(d_bias_ref, part, query, key, *past, value=total)
 
 
 # By bytes of an element and head size; what the compiler makes of them is in docs/kernels.md.

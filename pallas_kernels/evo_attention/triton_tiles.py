@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_kernels.evo_attention.reference import Options
-from pallas_kernels.flash_attention.triton_tiles import LOG2_E, Tiles, dot, flat, load, store, upright
+from pallas_kernels.flash_attention.triton_tiles import LOG2_E, Tiles, flat, load, store, upright
 
 MAX_DIM = 128  # of a head: accumulators are kept whole in registers
 
@@ -85,7 +85,7 @@ class Problem:
         return tile * self.tiles.columns + jnp.arange(self.tiles.columns, dtype=jnp.int32)
 
     def walk(self, size: int, step: Callable[..., Any], carry: Any) -> Any:
-        """Runs `step(tile, carry, ragged)` over all tiles of `size`; the last alone may be `ragged`, and reach beyond."""
+        """Runs `step(tile, carry, ragged)` over all tiles of `size`; the last alone may be `ragged`: reach beyond."""
         whole = self.length // size
         carry = lax.fori_loop(0, whole, lambda tile, carry: step(tile, carry, False), carry)
         return step(jnp.int32(whole), carry, True) if self.length % size else carry
@@ -133,22 +133,26 @@ class Place:
         mask = load(mask_ref, (self.batch, self.row, index), inside)
         return mask if inside is None else jnp.where(inside, mask, -jnp.inf)
 
-    def load_bias(self, bias_ref: Any, query: Array, key: Array, *ragged: bool) -> Array | None:
-        """Of a `[B,H,N,N]` array what `query` and `key`, one as [n,1] and one as [1,m], point at; zeros beyond."""
-        if bias_ref is None:
+    def load_bias(self, ref: Any, query: Array, key: Array, *ragged: bool) -> Array | None:
+        """[queries, keys] of a `[B,H,N,N]` array; zeros beyond; None where there is none."""
+        if ref is None:
             return None
-        where = self.batch, self.head, query, key
-        return load(bias_ref, where, *map(self._inside, (query, key), ragged)).astype(jnp.float32)
+        where = self.batch, self.head, query[:, None], key[None, :]
+        return load(ref, where, *self._inside_both(query, key, *ragged)).astype(jnp.float32)
 
     def store_bias(self, ref: Any, part: Array, query: Array, key: Array, *ragged: bool, value: Array) -> None:
         """Writes what `load_bias` would read, to `part` of a `[P,B,H,N,N]` array."""
-        where = part, self.batch, self.head, query, key
-        store(ref, where, value, *map(self._inside, (query, key), ragged))
+        where = part, self.batch, self.head, query[:, None], key[None, :]
+        store(ref, where, value, *self._inside_both(query, key, *ragged))
 
     def _features(self, index: Array) -> tuple[tuple[Any, ...], Array | None]:
         dim = self.problem.dim
         feature = jnp.arange(max(16, pl.next_power_of_2(dim)), dtype=jnp.int32)[None, :]
-        return (self.batch, self.row, index[:, None], self.head, feature), None if feature.size == dim else feature < dim
+        where = self.batch, self.row, index[:, None], self.head, feature
+        return where, None if feature.size == dim else feature < dim
+
+    def _inside_both(self, query: Array, key: Array, query_ragged: bool, key_ragged: bool) -> tuple[Array | None, ...]:
+        return upright(self._inside(query, query_ragged)), flat(self._inside(key, key_ragged))
 
     def _inside(self, index: Array, ragged: bool) -> Array | None:
         return index < self.problem.length if ragged else None
@@ -163,7 +167,7 @@ def logits_of(products: Array, scale: float, bias: Array | None, mask: Array | N
 
 
 def _fit(tile: int, length: int) -> int:
-    """The tile, or half of it as often as that saves an eighth of the work (down to 64: what a warp group multiplies)."""
+    """The tile, halved as often as that saves an eighth of the work, down to 64: what a warp group multiplies."""
     tile = min(tile, max(16, pl.next_power_of_2(length)))
     while tile > 64 and -(-length // tile) * tile - -(-length // (tile // 2)) * (tile // 2) > length // 8:
         tile //= 2

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import zeros_alike
 from pallas_kernels.evo_attention.reference import Options
 
-_BYTES = 2 * 2**20  # of a chunk's logits: a CPU's cache then holds them, the weights, the bias and its gradient
+_BYTES = 2**20  # of a chunk's logits: a CPU's cache then holds them, the weights, the bias and its gradient
 
 
 def forward(

@@ -182,7 +182,9 @@ def test_only_gradients_that_are_wanted():
     assert kernels("single", (0, 1, 2)) == (0, 2)
 
 
-@pytest.mark.parametrize(("length", "tile"), [(384, 128), (320, 64), (341, 128), (190, 64), (48, 64), (23, 32), (3, 16)])
+@pytest.mark.parametrize(
+    ("length", "tile"), [(384, 128), (320, 64), (341, 128), (190, 64), (48, 64), (23, 32), (3, 16)]
+)
 def test_tiles_that_fit(length, tile):
     """Large ones, unless that would mean an eighth more work."""
     q = jnp.zeros((1, 1, length, 1, 24), jnp.bfloat16)
@@ -224,7 +226,7 @@ def test_vmap_and_remat():
 
 @pytest.mark.latest
 def test_inside_shard_map():
-    """Rows over four devices under one bias, as the pair representation is divided; its gradient is summed over them."""
+    """Rows over four devices under one bias, whose gradient is summed over them."""
     mesh = jax.make_mesh((4,), ("pair",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     rng = np.random.default_rng(4)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 8, 8, 2, 4)), jnp.float32) for _ in range(3))

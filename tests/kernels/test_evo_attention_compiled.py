@@ -74,10 +74,7 @@ def test_lowered_for_gpus_without_one(platform):
 
 
 def _compile(shapes):
-    given = [label for label in shapes if label is not None]
-    return plan.compile(
-        _gradients(evo_attention), *shapes, target=plan.target("h100"), labels=["input"] * len(given)
-    )
+    return plan.compile(_gradients(evo_attention), *shapes, target=plan.target("h100"), labels=["input"] * len(shapes))
 
 
 # Registers of the kernels in the order of `KERNELS`: more would mean fewer programs at one time.
