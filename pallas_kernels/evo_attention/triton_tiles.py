@@ -87,7 +87,7 @@ class Problem:
     def walk(self, size: int, step: Callable[..., Any], carry: Any) -> Any:
         """Runs `step(tile, carry, ragged)` over all tiles of `size`; the last alone may be `ragged`: reach beyond."""
         whole = self.length // size
-        carry = lax.fori_loop(0, whole, lambda tile, carry: step(tile, carry, False), carry)
+        carry = lax.fori_loop(jnp.int32(0), jnp.int32(whole), lambda tile, carry: step(tile, carry, False), carry)
         return step(jnp.int32(whole), carry, True) if self.length % size else carry
 
 

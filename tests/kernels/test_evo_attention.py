@@ -115,6 +115,18 @@ def test_bfloat16_with_float32_bias(implementation):
     _compare("many-rows", implementation, jnp.bfloat16, tolerances, bias_dtype=jnp.float32)
 
 
+def test_64_bit_types():
+    """Doubles on a CPU; and indices within the kernels stay what they are."""
+    with jax.enable_x64(True):
+        arrays, cotangents, _ = _case("shared-mask", np.float64)
+        arrays = (*arrays[:3], arrays[3].astype(np.float64), arrays[4])
+        cotangents = tuple(x.astype(np.float64) for x in cotangents)
+        results = _run(arrays, cotangents, (("implementation", None),))
+        for got, want in zip(results, _expected(arrays, cotangents, None), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-12)
+        _compare("single", "interpret")
+
+
 def test_the_reference_in_a_sequence():
     """Then without JAX's own differentiation, but to the same result."""
     own, other = (_compare("float-mask", names) for names in (("reference",), "reference"))
