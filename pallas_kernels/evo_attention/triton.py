@@ -37,7 +37,7 @@ def forward(
     return pl.pallas_call(
         functools.partial(_kernel, problem=problem),
         out_shape=(output_like(q.shape, q.dtype, q), output_like((batch, rows, heads, length), jnp.float32, q)),
-        grid=problem.grid(problem.row_tiles),
+        grid=problem.grid(problem.query_tiles),
         compiler_params=plt.CompilerParams(num_warps=problem.tiles.warps, num_stages=problem.tiles.stages),
         interpret=interpret,
         name="evo_attention",
@@ -47,7 +47,7 @@ def forward(
 def _kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, mask_ref: Any, bias_ref: Any, out_ref: Any, lse_ref: Any, *, problem: Problem
 ) -> None:
-    place, tile = problem.place(problem.row_tiles)
+    place, tile = problem.place(problem.query_tiles)
     query, past = problem.queries(tile), problem.length % problem.tiles.rows != 0
     q = place.load(q_ref, query, past)
 

@@ -45,7 +45,7 @@ def backward(
     """Gradients of q, k, v, mask and bias (the last two None unless asked for); `tiles` for keys, queries and bias."""
     check(interpret, q)
     by_keys, by_queries, by_bias = (
-        Problem.of(q, options, chosen) for chosen in tiles or (_KEYS_TILES, _ROWS_TILES, _BIAS_TILES)
+        Problem.of(q, options, chosen) for chosen in tiles or (_KEYS_TILES, _QUERIES_TILES, _BIAS_TILES)
     )
     arrays = q, k, v, mask, bias, lse, delta, d_out
     like_q, numbers = output_like(q.shape, q.dtype, q), output_like(lse.shape, jnp.float32, q)
@@ -59,9 +59,9 @@ def backward(
     )(*arrays)
     single = bias is not None and bias_gradient and q.shape[1] == 1
     dq, d_bias = _call(
-        _rows_kernel,
+        _queries_kernel,
         by_queries,
-        by_queries.grid(by_queries.row_tiles),
+        by_queries.grid(by_queries.query_tiles),
         (like_q, output_like((1, *bias.shape), bias.dtype, q) if single else None),
         "evo_attention_dq",
         interpret,
@@ -75,7 +75,7 @@ def backward(
 
 def _bias_gradient(problem, arrays, interpret):
     q, bias = arrays[0], arrays[4]
-    pairs = problem.batch * problem.heads * problem.row_tiles * problem.key_tiles
+    pairs = problem.batch * problem.heads * problem.query_tiles * problem.key_tiles
     parts = max(1, min(-(-_PROGRAMS // pairs), problem.rows // _FEWEST_ROWS))
     dtype = bias.dtype if parts == 1 else jnp.float32
     sums = _call(
@@ -144,7 +144,7 @@ def _keys_kernel(
         place.store_numbers(d_mask_ref, key, past, sums)
 
 
-def _rows_kernel(
+def _queries_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -158,7 +158,7 @@ def _rows_kernel(
     *,
     problem: Problem,
 ) -> None:
-    place, tile = problem.place(problem.row_tiles)
+    place, tile = problem.place(problem.query_tiles)
     query, past = problem.queries(tile), problem.length % problem.tiles.rows != 0
     q, d_out = place.load(q_ref, query, past), place.load(d_out_ref, query, past)
     offset, delta = place.load_offsets(lse_ref, query, past), place.load_numbers(delta_ref, query, past)
@@ -220,7 +220,7 @@ _KEYS_TILES = {
     (4, 64): Tiles(32, 64, warps=8, stages=2),
     (4, 128): Tiles(16, 64, warps=8, stages=2),
 }
-_ROWS_TILES = {
+_QUERIES_TILES = {
     (2, 32): Tiles(64, 64, warps=4, stages=3),
     (2, 64): Tiles(64, 64, warps=4, stages=2),
     (2, 128): Tiles(64, 64, warps=4, stages=2),

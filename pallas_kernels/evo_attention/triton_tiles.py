@@ -48,7 +48,7 @@ class Problem:
         return cls(batch, rows, length, heads, dim, options.scale, chosen)
 
     @property
-    def row_tiles(self) -> int:
+    def query_tiles(self) -> int:
         """Tiles of queries."""
         return pl.cdiv(self.length, self.tiles.rows)
 
@@ -71,7 +71,7 @@ class Problem:
     def place_of_pair(self) -> tuple[Array, "Place", Array, Array]:
         """Part, head, and tiles of queries and keys of this program; every part has all pairs of tiles."""
         rest, key_tile = _divide(pl.program_id(0), self.key_tiles)
-        rest, query_tile = _divide(rest, self.row_tiles)
+        rest, query_tile = _divide(rest, self.query_tiles)
         rest, head = _divide(rest, self.heads)
         part, batch = _divide(rest, self.batch)
         return part, Place(self, batch, jnp.int32(0), head), query_tile, key_tile
