@@ -77,7 +77,7 @@ def run(module: str, folder: Path, *, processes: int = 2, devices: int = 4, time
 def _main(module: str, folder: str) -> None:
     import jaxtyping
 
-    jaxtyping.install_import_hook(["jaxlab", "pallas_kernels"], "beartype.beartype")  # as tests/conftest.py does
+    jaxtyping.install_import_hook(["jaxlab", "pallas_kernels"], "tests.typechecker.check")  # as tests/conftest.py does
     from jaxlab.core import distributed, jsonl
 
     distributed.initialize()

@@ -1,7 +1,7 @@
 """Flat float32 buckets of a pytree's trainable leaves: what moves between host and accelerator in one piece."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,6 +27,7 @@ class BucketSpec:
       dtypes: of all leaves.
       paths: of all leaves, for messages.
       treedef: structure of the tree.
+      apart: leaves that share no bucket with the others, the last in `order`.
     """
 
     sizes: tuple[int, ...]
@@ -37,11 +38,17 @@ class BucketSpec:
     dtypes: tuple[Any, ...]
     paths: tuple[str, ...]
     treedef: Any
+    apart: tuple[int, ...] = ()
 
     @property
     def n_buckets(self) -> int:
         """How many buckets there are."""
         return len(self.sizes)
+
+    @property
+    def holds_apart(self) -> tuple[bool, ...]:
+        """Of each bucket whether its leaves are those that lie `apart`."""
+        return tuple(pieces[0][0] in self.apart for pieces in pieces_of(self))
 
 
 def make_buckets(
@@ -52,12 +59,14 @@ def make_buckets(
     pad_to: int = 128,
     trainable: PyTree | None = None,
     order: Sequence[int] | None = None,
+    apart: PyTree | None = None,
 ) -> BucketSpec:
     """Plans buckets of `bucket_bytes` of float32 (64 MiB: where a C2C link is saturated, paper).
 
     'flat' cuts the leaves, end to end, into equal slices; the last is filled with zeros up to a multiple of `pad_to`.
     'param' is DeepSpeed's rule: whole leaves, until a bucket has at least `bucket_bytes`, which it may exceed; no
-    padding. Leaves without elements lie in no bucket.
+    padding. Leaves without elements lie in no bucket. Those said to lie `apart` are cut in the same way by themselves,
+    into buckets behind the others, so that all of a bucket can be stepped on alike (torch's parameter groups).
 
     Args:
       params: pytree of arrays, or of anything with shape and dtype.
@@ -66,10 +75,11 @@ def make_buckets(
       pad_to: elements; 'flat' only.
       trainable: a pytree of bools, or a prefix of one; False leaves are frozen and lie in no bucket. None: all.
       order: leaf indices (of `jax.tree.leaves`) in forward order; by default as they are.
+      apart: a pytree of bools, or a prefix of one; no bucket has both kinds of leaves. None: none.
 
     Raises:
       ValueError: bucket_bytes not a positive multiple of 4, unknown split, pad_to < 1, an order that is no permutation
-        of the leaves (or of the trainable ones), `trainable` of another structure.
+        of the leaves (or of the trainable ones), `trainable` or `apart` of another structure.
       TypeError: a trainable leaf that is not floating, or float64, which float32 would round.
     """
     if not isinstance(bucket_bytes, (int, np.integer)) or bucket_bytes < _ITEM or bucket_bytes % _ITEM:
@@ -82,7 +92,8 @@ def make_buckets(
     paths = tuple(jax.tree_util.keystr(path) for path, _ in named)
     shapes = tuple(tuple(jnp.shape(leaf)) for _, leaf in named)
     dtypes = tuple(jnp.dtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf)) for _, leaf in named)
-    trained = _trained(trainable, params)
+    trained = jax.tree.leaves(marks("trainable", True if trainable is None else trainable, params))
+    alone = jax.tree.leaves(marks("apart", False if apart is None else apart, params))
     for path, dtype, is_trained in zip(paths, dtypes, trained):
         if is_trained and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= _ITEM):
             raise TypeError(f"leaf {path}: a trainable leaf must be floating, of at most 32 bits, got {dtype}")
@@ -91,16 +102,16 @@ def make_buckets(
         if sorted(order) not in (leaves, list(range(len(paths)))):
             raise ValueError(f"order: expected a permutation of the {len(paths)} leaf indices, got {tuple(order)}")
         leaves = [int(i) for i in order if trained[i]]
-    counts = {i: int(np.prod(shapes[i], dtype=np.int64)) for i in leaves}
-    numel, size = sum(counts.values()), int(bucket_bytes) // _ITEM
+    kinds = [[i for i in leaves if alone[i] == kind] for kind in (False, True)]
+    parts = [{i: int(np.prod(shapes[i], dtype=np.int64)) for i in kind} for kind in kinds]
+    counts, size = parts[0] | parts[1], int(bucket_bytes) // _ITEM
     if split == "flat":
-        whole, rest = divmod(numel, size)
-        sizes = (size,) * whole + ((min(size, -(-rest // pad_to) * pad_to),) if rest else ())
-        groups = None
+        sizes, groups = sum((_equal_slices(sum(part.values()), size, pad_to) for part in parts), ()), None
     else:
-        groups = _whole_leaves(counts, size)
+        groups = sum((_whole_leaves(part, size) for part in parts), ())
         sizes = tuple(sum(counts[i] for i in group) for group in groups)
-    return BucketSpec(sizes, groups, numel, tuple(leaves), shapes, dtypes, paths, treedef)
+    numel, order = sum(counts.values()), tuple(counts)
+    return BucketSpec(sizes, groups, numel, order, shapes, dtypes, paths, treedef, tuple(kinds[1]))
 
 
 def flatten(tree: PyTree, spec: BucketSpec) -> tuple[Float[Array, " _"], ...]:
@@ -111,7 +122,11 @@ def flatten(tree: PyTree, spec: BucketSpec) -> tuple[Float[Array, " _"], ...]:
       TypeError: a leaf that is not floating.
     """
     leaves = _matching(tree, spec)
-    flat = {i: jnp.ravel(leaves[i]).astype(jnp.float32) for i in spec.order}
+    return fill({i: jnp.ravel(leaves[i]).astype(jnp.float32) for i in spec.order}, spec)
+
+
+def fill(flat: Mapping[int, Float[Array, " _"]], spec: BucketSpec) -> tuple[Float[Array, " _"], ...]:
+    """Buckets of raveled float32 leaves by their indices; padding is zero."""
     buckets = []
     for pieces in pieces_of(spec):
         parts = [flat[i] if stop - start == flat[i].size else flat[i][start:stop] for i, start, stop in pieces]
@@ -153,14 +168,17 @@ def unflatten(buckets: Sequence[Float[Array, " _"]], spec: BucketSpec, like: PyT
     return jax.tree.unflatten(spec.treedef, leaves)
 
 
-def _trained(trainable: PyTree | None, params: PyTree) -> list[bool]:
-    if trainable is None:
-        return [True] * len(jax.tree.leaves(params))
+def marks(name: str, given: PyTree, params: PyTree) -> PyTree:
+    """A tree of bools like params, of one or of a prefix of one; `name` is the argument's, for the ValueError."""
     try:
-        full = jax.tree.broadcast(trainable, params)
+        return jax.tree.map(bool, jax.tree.broadcast(given, params))
     except ValueError as error:
-        raise ValueError(f"trainable: expected a tree of bools like params, or a prefix of one ({error})") from error
-    return [bool(leaf) for leaf in jax.tree.leaves(full)]
+        raise ValueError(f"{name}: expected a tree of bools like params, or a prefix of one ({error})") from error
+
+
+def _equal_slices(numel: int, size: int, pad_to: int) -> tuple[int, ...]:
+    whole, rest = divmod(numel, size)
+    return (size,) * whole + ((min(size, -(-rest // pad_to) * pad_to),) if rest else ())
 
 
 def _whole_leaves(counts: dict[int, int], limit: int) -> tuple[tuple[int, ...], ...]:
@@ -181,10 +199,11 @@ def pieces_of(spec: BucketSpec) -> list[list[tuple[int, int, int]]]:
     if spec.groups is not None:
         return [[(i, 0, counts[i]) for i in group] for group in spec.groups]
     todo = [(i, 0, counts[i]) for i in reversed(spec.order) if counts[i]]
+    apart = frozenset(spec.apart)
     buckets = []
     for size in spec.sizes:
         pieces = []
-        while size and todo:
+        while size and todo and (not pieces or (todo[-1][0] in apart) == (pieces[0][0] in apart)):
             i, start, stop = todo.pop()
             if stop - start > size:
                 todo.append((i, start + size, stop))

@@ -1,7 +1,6 @@
 """An engine's state on disk: what one layout of buckets saved, any other restores."""
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from jaxlab import core
 from jaxlab.superoffload.engine import SuperOffload, TrainState
-from jaxlab.superoffload.layout import Layout, lengths_of
+from jaxlab.superoffload.layout import Layout
 
 
 class EngineCheckpointer(core.Checkpointer):
@@ -39,7 +38,7 @@ class EngineCheckpointer(core.Checkpointer):
         master = {name: getattr(state.master, name) for name in "pmv"}
         saved = _beside(state, layout) | master | {"accumulated": state.accumulated if within else ()}
         told = {
-            "layout": _told(layout),
+            "layout": layout.told(),
             "ranks": layout.partition.ranks,
             "steps_per_update": self._engine.config.steps_per_update,
             "within": within,
@@ -74,13 +73,13 @@ class EngineCheckpointer(core.Checkpointer):
                 f"{where}: within an update of {told['steps_per_update']} batches, expected steps_per_update to be "
                 f"that, got {engine.config.steps_per_update}"
             )
-        lengths, ranks = [segment["buckets"] for segment in saved], told["ranks"]
-        flat = [sum(-(-n // ranks) * ranks for n in pieces) for segment in lengths for pieces in segment]
+        ranks = told["ranks"]
+        flat = [sum(-(-n // ranks) * ranks for n in pieces) for segment in saved for pieces in segment["buckets"]]
         buckets = [jax.ShapeDtypeStruct((n,), jnp.float32, sharding=layout.partition.on_hosts(n)) for n in flat]
         wanted = {name: buckets if getattr(like.master, name) else () for name in "pmv"}
         wanted |= _beside(like, layout) | {"accumulated": buckets if told["within"] else ()}
         found, _ = super().restore(wanted, step)
-        cut = layout.partition.on_all_hosts(lambda buckets: layout.cut_again(buckets, lengths, ranks))
+        cut = layout.partition.on_all_hosts(lambda buckets: layout.cut_again(buckets, saved, ranks))
 
         def placed(buckets: Sequence[Array], like: Sequence[Array]) -> tuple[Array, ...]:
             made = cut(buckets) if buckets else ()
@@ -116,20 +115,16 @@ def _with_frozen(params: PyTree, frozen: Sequence[Any], layout: Layout) -> PyTre
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _told(layout: Layout) -> list[dict[str, Any]]:
-    """For JSON, by segment: the leaves in order, and the pieces in which they lie in the buckets."""
-    return [
-        {"buckets": lengths_of(spec), "leaves": [[spec.paths[i], list(spec.shapes[i])] for i in spec.order]}
-        for spec in layout.specs
-    ]
-
-
 def _check_leaves(saved: list[dict[str, Any]], layout: Layout, where: str) -> None:
-    wanted = _told(layout)
+    wanted = layout.told()
     if len(saved) != len(wanted):
         raise core.CheckpointError(f"{where}: saved in {len(saved)} segments, expected {len(wanted)}")
-    for old, new in zip(saved, wanted):
-        for a, b in itertools.zip_longest(old["leaves"], new["leaves"]):
-            if a != b:
-                got, expected = ("no leaf" if leaf is None else f"leaf {leaf[0]} of shape {leaf[1]}" for leaf in (a, b))
+    for segments in zip(saved, wanted):
+        old, new = (dict(segment["leaves"]) for segment in segments)  # in whatever order
+        for path in [*new, *old]:
+            if old.get(path) != new.get(path):
+                got, expected = (
+                    "no leaf" if shape is None else f"leaf {path} of shape {shape}"
+                    for shape in (old.get(path), new.get(path))
+                )
                 raise core.CheckpointError(f"{where}: saved was {got}, expected {expected}")

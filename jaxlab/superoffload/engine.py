@@ -91,11 +91,14 @@ class SuperOffload:
       config: settings.
       plan: an `OffloadPlan`, for how many buckets stay on the accelerator.
       mesh: with axes `data`, `fsdp`, `sequence`, whose product is the number of ranks; None for one device.
+      decay_mask: a tree of bools, a prefix of one, or a function params -> tree, True where weights decay, as for
+        `optax.adamw`; leaves that do not decay lie in buckets of their own. None: all decay.
 
     Raises:
       NotImplementedError: undo 'residual' for an Optax transformation; one over several processes.
       TypeError: another kind of optimizer.
-      ValueError: a mesh of other axes, or that mixes the devices of processes.
+      ValueError: a mesh of other axes, or that mixes the devices of processes; a decay mask for an Optax
+        transformation, which has its own.
       RuntimeError: backend 'ffi' without a C++ compiler.
     """
 
@@ -107,18 +110,22 @@ class SuperOffload:
         *,
         plan: Any = None,
         mesh: Mesh | None = None,
+        decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     ):
-        self._hyper: Any = optimizer if isinstance(optimizer, AdamHyper) else None
         self._tx: Any = optimizer if isinstance(optimizer, optax.GradientTransformation) else None
         self._partition = Partition(mesh)
         if self._tx is not None:
+            if decay_mask is not None:
+                raise ValueError("decay_mask: expected None for an Optax transformation, which has its own mask")
             if config.undo == "residual":
                 raise NotImplementedError("undo='residual' inverts Adam(W) (AdamHyper), got an Optax transformation")
             if self._partition.processes > 1:
                 raise NotImplementedError("optimizer: over several processes an AdamHyper, got an Optax transformation")
-        elif self._hyper is None:
+        elif not isinstance(optimizer, AdamHyper):
             raise TypeError(f"optimizer: expected an AdamHyper or an Optax transformation, got {optimizer!r}")
-        self._loss, self.config, self._plan = loss, config, plan
+        else:  # by whether a bucket decays
+            self._hypers = {True: optimizer, False: replace(optimizer, weight_decay=0.0)}
+        self._loss, self.config, self._plan, self._decay_mask = loss, config, plan, decay_mask
         self._backend = host_adam.resolve(config.backend)
         self._threads = max(1, round((os.cpu_count() or 1) * config.cpu_cores_share))
         self._worker = HostWorker(config.worker_timeout_s)
@@ -155,12 +162,14 @@ class SuperOffload:
         An Optax transformation sees `optax.MaskedNode` in their places, as within `optax.masked`.
 
         Raises:
-          ValueError: parameters of a `Segmented` network that are no tuple with one entry a piece and one for the head.
+          ValueError: parameters of a `Segmented` network that are no tuple with one entry a piece and one for the head;
+            a decay mask of another structure.
         """
-        config, partition = self.config, self._partition
+        config, partition, mask = self.config, self._partition, self._decay_mask
         pieces = len(self._loss.fns) + 1 if isinstance(self._loss, Segmented) else None
+        mask = mask(params) if callable(mask) else mask
         self._layout = layout = Layout.of(
-            params, pieces, partition, bucket_bytes=config.bucket_bytes, split=config.split
+            params, pieces, partition, mask, bucket_bytes=config.bucket_bytes, split=config.split
         )
         self._resident = self._on_accelerator(len(layout.places))
         self._compile(layout)
@@ -242,7 +251,7 @@ class SuperOffload:
 
     def _compile(self, layout: Layout) -> None:
         partition = self._partition
-        self._places = layout.places
+        self._places, self._decays = layout.places, layout.decays
         self._backward = Backward(self._loss, layout.specs, partition)
         # Copies, as a leaf that is a whole bucket would else be the bucket itself, which a later step overwrites.
         self._cut = jax.jit(lambda tree: tuple(map(jnp.copy, layout.cut(tree))), out_shardings=partition.sliced)
@@ -271,14 +280,17 @@ class SuperOffload:
         grads: list[Any] = [None] * len(self._places)
         jobs: dict[int, Future] = {}
         started = None
-        scalars = scalars_of(state.count, self._hyper, scale) if speculates else None
+        scalars = {
+            decays: scalars_of(state.count, self._hypers[decays], scale) for decays in set(self._decays) if speculates
+        }
         for segment, buckets in gradients:
             first = self._places.index((segment, 0)) if buckets else 0
             for b in reversed(range(first, first + len(buckets))):
                 grads[b] = buckets[b - first]
                 if speculates and b >= self._resident:
                     started = started or time.perf_counter()
-                    jobs[b] = self._worker.submit(self._speculate, state.master, b, grads[b], scale, scalars)
+                    made = scalars[self._decays[b]]
+                    jobs[b] = self._worker.submit(self._speculate, state.master, b, grads[b], scale, made)
         verdict = jax.block_until_ready(self._validate(grads, scale))
         waited_s = 0.0 if started is None else time.perf_counter() - started
         ahead = {b: self._worker.result(job, f"bucket {b}") for b, job in jobs.items()}
@@ -288,7 +300,7 @@ class SuperOffload:
         undo_bytes = sum(leaf.nbytes for _, _, log in ahead.values() for leaf in jax.tree.leaves(log))
         if rolled_back:
             jobs = {
-                b: self._worker.submit(self._undo, new, grads[b], state.count, scalars, log)
+                b: self._worker.submit(self._undo, new, grads[b], state.count, scalars[self._decays[b]], log)
                 for b, (new, _, log) in ahead.items()
             }
             old = {b: self._worker.result(job, f"bucket {b}") for b, job in jobs.items()}
@@ -350,7 +362,7 @@ class SuperOffload:
             self._old(master, b),
             self._partition.local(g),
             master.count,
-            self._hyper,
+            self._hypers[self._decays[b]],
             scale,
             scalars,
             donate=True,
@@ -360,17 +372,18 @@ class SuperOffload:
         )
 
     def _undo(self, new: Any, g: Array, count: Array, scalars: Array, log: Any) -> Any:
-        settings = {"mode": self._hyper.mode, "backend": self._backend, "threads": self._threads}
+        settings = {"mode": self._hypers[True].mode, "backend": self._backend, "threads": self._threads}
         return undo_bucket(new, self._partition.local(g), count, scalars, log, donate=True, **settings)
 
     def _step(self, master: SpeculativeState, b: int, g: Array, scale: Any, coef: Any) -> Any:
+        hyper = self._hypers[self._decays[b]]
         if b < self._resident:
-            return self._resident_step(self._old(master, b), g, (master.count, self._hyper, scale, coef))
+            return self._resident_step(self._old(master, b), g, (master.count, hyper, scale, coef))
         return step_bucket(
             self._old(master, b),
             self._partition.local(g),
             master.count,
-            self._hyper,
+            hyper,
             scale,
             coef,
             backend=self._backend,

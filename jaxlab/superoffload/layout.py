@@ -1,7 +1,8 @@
 """Which leaf lies where in which bucket, for all segments of a network together."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from jaxlab.superoffload.bucket import BucketSpec, flatten, make_buckets, pieces_of, unflatten
+from jaxlab.superoffload.bucket import BucketSpec, fill, flatten, make_buckets, marks, pieces_of, unflatten
 from jaxlab.superoffload.partition import Partition, uncut
 
 Gradients = Iterable[tuple[int, tuple[Array, ...]]]
@@ -32,15 +33,36 @@ class Layout:
     partition: Partition
 
     @classmethod
-    def of(cls, params: PyTree, pieces: int | None, partition: Partition, **settings: Any) -> "Layout":
-        """The layout of parameters; leaves that are not floating are frozen. Settings are those of `make_buckets`."""
+    def of(
+        cls, params: PyTree, pieces: int | None, partition: Partition, decay_mask: PyTree | None = None, **settings: Any
+    ) -> "Layout":
+        """The layout of parameters; leaves that are not floating are frozen, those that do not decay lie apart.
+
+        Args:
+          params: a tree; with pieces, a tuple of trees.
+          pieces: as for the class.
+          partition: as for the class.
+          decay_mask: a tree of bools like params, or a prefix of one; None: every leaf decays.
+          **settings: of `make_buckets`.
+
+        Raises:
+          ValueError: params that are no such tuple, a mask of another structure.
+        """
         parts = _parts(params, pieces)
-        return cls(tuple(make_buckets(x, trainable=_floating(x), **settings) for x in parts), pieces, partition)
+        decays = marks("decay_mask", True if decay_mask is None else decay_mask, params)
+        apart = _parts(jax.tree.map(lambda leaf: not leaf, decays), pieces)
+        specs = (make_buckets(x, trainable=_floating(x), apart=alone, **settings) for x, alone in zip(parts, apart))
+        return cls(tuple(specs), pieces, partition)
 
     @property
     def places(self) -> list[tuple[int, int]]:
         """Segment, and number in it, of every bucket."""
         return [(s, b) for s, spec in enumerate(self.specs) for b in range(spec.n_buckets)]
+
+    @property
+    def decays(self) -> tuple[bool, ...]:
+        """Of every bucket whether its leaves decay."""
+        return tuple(not apart for spec in self.specs for apart in spec.holds_apart)
 
     def parts(self, tree: PyTree) -> tuple[PyTree, ...]:
         """A tree by segment.
@@ -71,20 +93,32 @@ class Layout:
             found[segment].append(bucket)
         return [(segment, tuple(found[segment])) for segment in reversed(range(len(found)))]
 
-    def cut_again(
-        self, buckets: Sequence[Array], lengths: Sequence[Sequence[Sequence[int]]], ranks: int
-    ) -> tuple[Array, ...]:
-        """The buckets of the same parameters in another layout, of which lengths by segment and ranks are given."""
+    def cut_again(self, buckets: Sequence[Array], saved: Sequence[Mapping[str, Any]], ranks: int) -> tuple[Array, ...]:
+        """The buckets of the same parameters in another layout: `told` by it, and for so many ranks."""
         made: tuple[Array, ...] = ()
         todo = iter(buckets)
-        for spec, old in zip(self.specs, lengths):
-            parts = [uncut(bucket, pieces, ranks) for pieces, bucket in zip(old, todo)]
+        for spec, old in zip(self.specs, saved):
+            cut = zip(old["buckets"], old["filled"], todo)
+            parts = [uncut(bucket, pieces, ranks)[:filled] for pieces, filled, bucket in cut]
             if not parts:
                 continue
-            flat = jnp.pad(jnp.concatenate(parts)[: spec.numel], (0, sum(spec.sizes) - spec.numel))
-            new = zip(jnp.split(flat, np.cumsum(spec.sizes)[:-1]), lengths_of(spec))
-            made += tuple(self.partition.cut(bucket, pieces) for bucket, pieces in new)
+            ends = np.cumsum([math.prod(shape) for _, shape in old["leaves"]])
+            leaves = jnp.split(jnp.concatenate(parts), ends[:-1])
+            found = {path: leaf for (path, _), leaf in zip(old["leaves"], leaves)}
+            new = fill({i: found[spec.paths[i]] for i in spec.order}, spec)
+            made += tuple(self.partition.cut(bucket, pieces) for bucket, pieces in zip(new, lengths_of(spec)))
         return made
+
+    def told(self) -> list[dict[str, Any]]:
+        """For JSON, by segment: leaves in order, the pieces that buckets are cut in, and how far leaves fill them."""
+        return [
+            {
+                "buckets": lengths_of(spec),
+                "filled": [sum(stop - start for _, start, stop in pieces) for pieces in pieces_of(spec)],
+                "leaves": [[spec.paths[i], list(spec.shapes[i])] for i in spec.order],
+            }
+            for spec in self.specs
+        ]
 
     def trained(self) -> "Layout":
         """The same buckets, of a tree with `optax.MaskedNode` in the places of frozen leaves."""
@@ -127,4 +161,5 @@ def _trained(spec: BucketSpec) -> BucketSpec:
         dtypes=tuple(spec.dtypes[i] for i in kept),
         paths=tuple(spec.paths[i] for i in kept),
         treedef=jax.tree.structure(jax.tree.unflatten(spec.treedef, masked)),
+        apart=tuple(number[i] for i in spec.apart),
     )

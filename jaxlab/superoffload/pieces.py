@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxlab.layers.sharding import constrain
 from jaxlab.models.decoder import DecoderConfig, head_weight
 from jaxlab.superoffload.segmented import Segmented
 from jaxlab.training import Loss, TokenBatch
@@ -68,6 +69,7 @@ def decoder_pieces(loss: LMLoss, layers: int = 1) -> Pieces:
         batch = jax.tree.map(jnp.asarray, batch)
         x: Any = model.apply({"params": params}, batch.tokens, method=lambda decoder, tokens: decoder.embed(tokens))
         # What goes from piece to piece has a gradient, if only zero.
+        x = constrain(x, ("batch", "sequence", None))
         return x, batch.positions.astype(jnp.float32), batch.segment_ids.astype(jnp.float32)
 
     def group(count: int) -> Callable[[PyTree, Any], Any]:

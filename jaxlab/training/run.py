@@ -96,14 +96,16 @@ class Trainer:
     Attributes:
         state: Before the first step; a pytree with `step`.
         step: (state, batch) -> (state, metrics); the state passed in is consumed.
-        params: state -> the parameters that are validated and saved, as the decoder takes them.
+        params: state -> the parameters that are validated and saved, as the decoder takes them; on a mesh, lying there.
         settings: JSON that decides the numbers beside the `TrainConfig`: a folder goes on under the same only.
+        checkpointer: folder -> what saves and restores the state.
     """
 
     state: Any
     step: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
     params: Callable[[Any], Any]
     settings: Any = None
+    checkpointer: Callable[[Path], core.Checkpointer] = core.Checkpointer
 
 
 def _tokenizer(source: str) -> Any:
@@ -112,7 +114,8 @@ def _tokenizer(source: str) -> Any:
     return ByteTokenizer() if source == "bytes" else load_tokenizer(source)
 
 
-def _mesh(config: TrainConfig) -> jax.sharding.Mesh | None:
+def mesh_of(config: TrainConfig) -> jax.sharding.Mesh | None:
+    """The mesh that a run trains on; None for one device."""
     if config.mesh or jax.process_count() > 1:
         return core.make_mesh(config.mesh)
     return None
@@ -219,7 +222,7 @@ class _Logger(core.MetricsLogger):
 
 @contextlib.contextmanager
 def _usual(config: TrainConfig, loss: LMLoss) -> Iterator[Trainer]:
-    mesh, tx = _mesh(config), optimizer(config.optimizer)
+    mesh, tx = mesh_of(config), optimizer(config.optimizer)
     step = make_train_step(loss, tx, accumulate=config.accumulate, mesh=mesh, shard_optimizer=config.shard_optimizer)
     yield Trainer(_initial_state(config, loss, tx, mesh), step, lambda state: state.params)
 
@@ -250,7 +253,7 @@ def train(
     from jaxlab.models import save_pretrained
 
     folder = Path(folder)
-    tokenizer, mesh = _tokenizer(config.tokenizer), _mesh(config)
+    tokenizer, mesh = _tokenizer(config.tokenizer), mesh_of(config)
     model, loss = _network(config, mesh)
     batches = _batches(config, tokenizer, "train", mesh)
     held_out = _batches(config, tokenizer, "validation", mesh)
@@ -268,7 +271,7 @@ def train(
             made.step,
             batches,
             steps=config.steps,
-            checkpointer=core.Checkpointer(folder / "checkpoints"),
+            checkpointer=made.checkpointer(folder / "checkpoints"),
             every=config.checkpoint_every or config.steps,
             logger=logger,
             evaluate=evaluate,

@@ -1,15 +1,23 @@
-"""The engine over 8 ranks: against one device, against itself without speculation, and from disk."""
+"""The engine and its training runs over 8 ranks: against one device, against themselves, and from disk."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab import core
 from jaxlab import superoffload as so
+from jaxlab.models import ByteTokenizer, load_pretrained
+from jaxlab.models.decoder import Decoder, init_params
+from jaxlab.superoffload import trainer
+from jaxlab.superoffload.pieces import scalar_loss
+from jaxlab.training import OptimizerConfig, decay_mask, lm_loss, text_batches
+from tests.training import toys
 
 HYPER = so.AdamHyper(optax.linear_schedule(5e-3, 1e-3, 20), 0.9, 0.95, weight_decay=0.1)
 MESH = {"data": 4, "fsdp": 2}
@@ -37,11 +45,17 @@ def mlp_batches(steps, odd=()):
         yield tuple(a.astype(np.float32) for a in (x, rng.normal(size=(16, 3)), rng.integers(1, 4, (16, 1))))
 
 
-def make(mesh=MESH, optimizer=HYPER, devices=None, **settings):
+def matrices(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def make(mesh=MESH, optimizer=HYPER, devices=None, mask=matrices, **settings):
+    """Of two groups of buckets, as `b` does not decay."""
     config = so.SuperOffloadConfig(
         **({"bucket_bytes": 4 * 50, "compute_dtype": "float32", "clip_norm": CLIP} | settings)
     )
-    return so.SuperOffload(mlp, optimizer, config, mesh=mesh and core.make_mesh(mesh, devices))
+    mask = mask if optimizer is HYPER else None
+    return so.SuperOffload(mlp, optimizer, config, mesh=mesh and core.make_mesh(mesh, devices), decay_mask=mask)
 
 
 def run(engine, state, batches):
@@ -96,7 +110,7 @@ def case_ranks_train_as_one_device_does(folder):
 
 
 def case_a_state_moves_to_other_buckets_and_ranks(folder):
-    """Saved by 8 ranks within a window of two batches; restored by them, in other buckets, and by 4."""
+    """Saved by 8 ranks within a window of two batches; restored by them, and in other buckets of one group by 4."""
     shared = {"steps_per_update": 2, "compute_dtype": "float16", "loss_scale": so.LossScaleConfig(window=2)}
     batches = list(mlp_batches(8, odd=(1,)))
     with make(**shared) as engine:
@@ -108,7 +122,7 @@ def case_a_state_moves_to_other_buckets_and_ranks(folder):
         final = trees(engine, state)
     local = jax.local_device_count() // 2
     half = [d for d in jax.devices() if d in [x for x in jax.devices() if x.process_index == d.process_index][:local]]
-    other = {"bucket_bytes": 4 * 33, "split": "param", "offload_ratio": 0.5}
+    other = {"bucket_bytes": 4 * 33, "split": "param", "offload_ratio": 0.5, "mask": None}
     for mesh, devices, settings in ((MESH, None, {}), ({"data": 4}, half, other)):
         with make(mesh, devices=devices, **shared, **settings) as engine:
             like = engine.init(jax.tree.map(np.zeros_like, mlp_params()))
@@ -122,6 +136,48 @@ def case_a_state_moves_to_other_buckets_and_ranks(folder):
                 np.testing.assert_allclose([r[name] for r in again], [r[name] for r in rows], rtol=tolerance)
             if not settings:
                 jax.tree.map(np.testing.assert_array_equal, trees(engine, restored), final)
+
+
+def case_a_run_over_a_mesh_is_that_of_one_device(folder):
+    """Pieces, sequences over devices, decay of matrices only; begun again in the middle it gives the same bits."""
+    if core.distributed.is_main():
+        toys.corpus(folder / "text")
+    sync_global_devices("corpus")
+    config = toys.config(
+        folder / "text",
+        steps=4,
+        checkpoint_every=2,
+        mesh={"data": 2, "fsdp": 2, "sequence": 2},
+        eval_batches=1,
+        optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-3, weight_decay=0.5),
+    )
+    settings = so.SuperOffloadConfig(bucket_bytes=1 << 15, speculation="always")
+    report = trainer.train(config, folder / "run", settings)
+    got, rows = final(folder)
+    if core.distributed.is_main():
+        shutil.rmtree(folder / "run" / "checkpoints" / "4")
+    sync_global_devices("step 4 is gone")
+    again = trainer.train(config, folder / "run", settings)
+    assert again.metrics["validation_perplexity"] == report.metrics["validation_perplexity"]
+    jax.tree.map(np.testing.assert_array_equal, final(folder), (got, rows))
+
+    loss = scalar_loss(lm_loss(Decoder(config.model)))
+    batches = text_batches(config.data, ByteTokenizer(), batch_size=config.batch_size, length=config.length)
+    alone = trainer.engine_config(config, so.SuperOffloadConfig(speculation="never"))
+    with so.SuperOffload(loss, trainer.adam_of(config), alone, decay_mask=decay_mask) as engine:
+        params = init_params(Decoder(config.model), core.named_key(jax.random.key(config.seed), "params"))
+        state, want = run(engine, engine.init(params), (next(batches) for _ in range(config.steps)))
+        master = jax.tree.map(np.array, engine.master(state))
+    if core.distributed.is_main():
+        np.testing.assert_allclose(rows, [row["loss"] for row in want], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, master)
+
+
+def final(folder):
+    """The final model of a run, and its losses, which the first process knows."""
+    model = jax.tree.map(np.array, load_pretrained(folder / "run" / "model")[1])
+    rows = core.jsonl.read(folder / "run" / "metrics.jsonl") if core.distributed.is_main() else []
+    return model, [row["loss"] for row in rows if "loss" in row]
 
 
 def place(x, mesh, spec):

@@ -84,16 +84,23 @@ def test_frozen_leaves_take_no_space_and_come_from_like():
     words=st.integers(1, 40),
     pad_to=st.integers(1, 16),
     split=st.sampled_from(["flat", "param"]),
+    apart=st.lists(st.booleans(), min_size=6, max_size=6),
 )
 @settings(max_examples=15, deadline=None)
-def test_every_element_lies_in_exactly_one_place(sizes, words, pad_to, split):
+def test_every_element_lies_in_exactly_one_place(sizes, words, pad_to, split, apart):
+    """In order, those of leaves that lie apart behind the others, and in other buckets."""
     sizes = sizes[: 2 if words < 4 else None]  # few buckets
     ends = np.cumsum([0, *sizes])
     params = [np.arange(a, b, dtype=np.float32) + 1 for a, b in itertools.pairwise(ends)]
-    spec = make_buckets(params, bucket_bytes=4 * words, split=split, pad_to=pad_to)
-    held = np.concatenate([np.zeros(0), *flatten(params, spec)])
-    np.testing.assert_array_equal(held[: ends[-1]], np.arange(ends[-1]) + 1)
-    assert not held[ends[-1] :].any()
+    apart = apart[: len(sizes)]
+    spec = make_buckets(params, bucket_bytes=4 * words, split=split, pad_to=pad_to, apart=apart)
+    buckets = [np.asarray(bucket) for bucket in flatten(params, spec)]
+    filled = [bucket[: np.count_nonzero(bucket)] for bucket in buckets]
+    for kind in (False, True):
+        held = [x for x, alone in zip(filled, spec.holds_apart, strict=True) if alone is kind]
+        want = [leaf for leaf, alone in zip(params, apart) if alone is kind]
+        np.testing.assert_array_equal(np.concatenate([[], *held]), np.concatenate([[], *want]))
+    assert sum(x.size for x in filled) == spec.numel == ends[-1]
     assert_same(unflatten(flatten(params, spec), spec), params)
 
 
@@ -119,6 +126,7 @@ X = {"w": jnp.ones(4)}
         (X, {"pad_to": 0}, ValueError, "pad_to"),
         (X, {"order": (0, 0)}, ValueError, "order"),
         (X, {"trainable": {"v": True}}, ValueError, "trainable"),
+        (X, {"apart": {"v": True}}, ValueError, "apart: expected a tree of bools"),
         ({"w": jnp.ones(4, int)}, {}, TypeError, r"leaf \['w'\].*int32"),
         ({"w": jnp.ones(4, complex)}, {}, TypeError, r"leaf \['w'\].*complex64"),
         ({"w": np.ones(4)}, {"trainable": True}, TypeError, "float64"),

@@ -59,7 +59,7 @@ batch_size: 2
 length: 16
 checkpoint_every: 2
 eval_batches: 2
-optimizer: {weight_decay: 0.0, learning_rate: 1e-2}
+optimizer: {weight_decay: 0.5, learning_rate: 1e-2}
 """
 
 
@@ -105,7 +105,8 @@ def test_trains_what_train_trains_and_goes_on(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "settings", "error", "told"),
     [
-        (["mesh={data: 2}"], {}, NotImplementedError, "mesh: --offload superoffload trains on one device"),
+        (["mesh={data: 2, expert: 4}"], {}, NotImplementedError, "mesh: expected no axes but data, .*, got expert"),
+        (["mesh={tensor: -1}"], {}, NotImplementedError, "mesh: .*, got tensor"),
         (["accumulate=2"], {}, NotImplementedError, "accumulate: expected 1"),
         (["moe.jitter_eps=0.1"], {}, NotImplementedError, "moe.jitter_eps: expected 0"),
         (["model.param_dtype=bfloat16"], {}, NotImplementedError, "model.param_dtype: expected float32"),

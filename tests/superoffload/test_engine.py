@@ -38,9 +38,14 @@ def mlp_batches(steps, odd=(), dtype=jnp.float32):
         yield jnp.asarray(x, dtype), jnp.ones((16, 3), dtype)
 
 
-def train(loss, params, batches, optimizer=HYPER, **settings):
+def matrices(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def train(loss, params, batches, optimizer=HYPER, mask=None, **settings):
     """The final state, and the metrics of every step as numbers."""
-    with so.SuperOffload(loss, optimizer, so.SuperOffloadConfig(**({"bucket_bytes": BUCKET} | settings))) as engine:
+    config = so.SuperOffloadConfig(**({"bucket_bytes": BUCKET} | settings))
+    with so.SuperOffload(loss, optimizer, config, decay_mask=mask) as engine:
         state, rows = engine.init(jax.tree.map(jnp.copy, params)), []
         for batch in batches:
             state, metrics = engine.train_step(state, batch)
@@ -110,11 +115,11 @@ def test_a_decoder_trains_to_the_same_bits_with_and_without_speculation(decoder)
             np.testing.assert_array_equal([row[name] for row in mine], [row[name] for row in rows])
 
 
-@pytest.mark.parametrize("backend", ["xla", "ffi"])
-def test_follows_optax(backend):
-    settings = {"compute_dtype": "float32", "clip_norm": 0.5, "clip_eps": 0.0, "backend": backend}
+@pytest.mark.parametrize(("backend", "mask"), [("xla", None), ("ffi", matrices)])
+def test_follows_optax(backend, mask):
+    settings = {"compute_dtype": "float32", "clip_norm": 0.5, "clip_eps": 0.0, "backend": backend, "mask": mask}
     state, rows, master = train(mlp, mlp_params(), mlp_batches(10), **settings)
-    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(HYPER.lr, 0.9, 0.95, weight_decay=0.1))
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(HYPER.lr, 0.9, 0.95, weight_decay=0.1, mask=mask))
     params, losses = mlp_params(), []
     opt = tx.init(params)
     step = jax.jit(jax.value_and_grad(mlp))
@@ -150,7 +155,7 @@ def test_pieces_give_what_the_whole_gives():
     def whole(parts, batch):
         return network.head(parts[2], fns[1](parts[1], fns[0](parts[0], batch)), batch)
 
-    settings = {"compute_dtype": "float32", "bucket_bytes": 4 * 100}
+    settings = {"compute_dtype": "float32", "bucket_bytes": 4 * 100, "mask": matrices}
     got, rows, master = train(network, parts, mlp_batches(6, odd=(3,)), speculation="always", **settings)
     assert_same(got, train(network, parts, mlp_batches(6, odd=(3,)), speculation="never", **settings)[0])
     want = train(whole, parts, mlp_batches(6, odd=(3,)), **settings)
@@ -163,10 +168,32 @@ def test_pieces_give_what_the_whole_gives():
     "settings", [{"offload_ratio": 0.5}, {"speculation": "auto"}, {"undo": "off"}, {"split": "param"}]
 )
 def test_where_and_when_changes_nothing(settings):
-    shared = {"clip_norm": 3.0, "bucket_bytes": 4 * 50} | ({"split": "param"} if "split" in settings else {})
+    shared = {"clip_norm": 3.0, "bucket_bytes": 4 * 50, "mask": matrices} | (
+        {"split": "param"} if "split" in settings else {}
+    )
     want = train(mlp, mlp_params(), mlp_batches(4), speculation="never", **shared)
     got = train(mlp, mlp_params(), mlp_batches(4), **({"speculation": "always"} | shared | settings))
     assert_same(got[0], want[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"split": "param", "undo": "residual"}, {"offload_ratio": 0.0}])
+def test_each_leaf_decays_as_it_is_told(settings):
+    """By the bits of an engine in which all leaves do, or none: leaves of two kinds share no bucket."""
+    params, grads = mlp_params(), jax.tree.map(jnp.cos, mlp_params())
+    config = so.SuperOffloadConfig(bucket_bytes=4 * 100, clip_norm=None, speculation="always", **settings)
+    found = []
+    for decay, mask in ((0.1, None), (0.0, None), (0.1, {"w": False, "b": False, "u": True}), (0.1, matrices)):
+        hyper = so.AdamHyper(1e-2, weight_decay=decay)
+        with so.SuperOffload(mlp, hyper, config, decay_mask=mask) as engine:
+            state = engine.init(params)
+            for _ in range(2):
+                state, _ = engine.apply_gradients(state, grads)
+            found.append(jax.tree.map(np.array, (engine.master(state), *engine.moments(state))))
+    all_do, none_does, *masked = found
+    for got, kept in zip(masked, ("wb", "b")):
+        for mine, whole, without in zip(got, all_do, none_does):
+            assert_same(mine, {name: (without if name in kept else whole)[name] for name in mine})
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(all_do[0]), jax.tree.leaves(none_does[0])))
 
 
 def test_accumulated_batches_make_one_update_by_their_mean():
@@ -263,6 +290,11 @@ def test_misuse():
         so.SuperOffload(mlp, optax.sgd(0.1), so.SuperOffloadConfig(undo="residual"))
     with pytest.raises(TypeError, match="optimizer: expected"):
         so.SuperOffload(mlp, 1e-3, config)
+    with pytest.raises(ValueError, match="decay_mask: expected None"):
+        so.SuperOffload(mlp, optax.sgd(0.1), config, decay_mask=matrices)
+    with so.SuperOffload(mlp, HYPER, config, decay_mask={"w": True}) as engine:
+        with pytest.raises(ValueError, match="decay_mask: expected a tree of bools"):
+            engine.init(mlp_params())
     with so.SuperOffload(mlp, HYPER, config) as engine:
         with pytest.raises(RuntimeError, match="call init first"):
             engine.train_step(None, None)

@@ -26,7 +26,7 @@ def test_the_example_runs():
 def test_contract():
     """Positional parameters, then keyword-only ones behind the star, as section 10 of the spec has them."""
     expected = {
-        superoffload.make_buckets: "params * bucket_bytes split pad_to trainable order",
+        superoffload.make_buckets: "params * bucket_bytes split pad_to trainable order apart",
         superoffload.flatten: "tree spec",
         superoffload.unflatten: "buckets spec like",
         superoffload.cast_bucket: "x dtype * where",
@@ -49,7 +49,7 @@ def test_contract():
             "bucket_bytes split clip_norm clip_eps speculation undo backend compute_dtype loss_scale steps_per_update "
             "offload_ratio nonfinite cpu_cores_share worker_timeout_s"
         ),
-        superoffload.SuperOffload: "loss optimizer config * plan mesh",
+        superoffload.SuperOffload: "loss optimizer config * plan mesh decay_mask",
         superoffload.SuperOffload.init: "self params",
         superoffload.SuperOffload.train_step: "self state batch",
         superoffload.SuperOffload.apply_gradients: "self state grads",
