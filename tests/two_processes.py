@@ -77,6 +77,8 @@ def run(module: str, folder: Path, *, processes: int = 2, devices: int = 4, time
 def _main(module: str, folder: str) -> None:
     import jaxtyping
 
+    import tests.typechecker  # noqa: F401  the hook finds it by name
+
     jaxtyping.install_import_hook(["jaxlab", "pallas_kernels"], "tests.typechecker.check")  # as tests/conftest.py does
     from jaxlab.core import distributed, jsonl
 

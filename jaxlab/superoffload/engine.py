@@ -379,6 +379,7 @@ class SuperOffload:
         hyper = self._hypers[self._decays[b]]
         if b < self._resident:
             return self._resident_step(self._old(master, b), g, (master.count, hyper, scale, coef))
+        log, cast = self._spare.pop(b, (None, None))
         return step_bucket(
             self._old(master, b),
             self._partition.local(g),
@@ -390,7 +391,7 @@ class SuperOffload:
             donate=not self._keeps,
             keep=self._keeps,
             emit_dtype=self._dtype,
-            reuse=self._spare.pop(b, (None, None)),
+            reuse=(log if isinstance(log, Copies) else None, cast),
             threads=self._threads,
         )
 

@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig(TrainConfig):
-    """A training run, made in several ways; every default is ours.
+    """A training run on one device, made in several ways; every default is ours. Every parameter decays.
 
     Attributes:
       ways: of `WAYS`; the first is what the others are held to.
@@ -67,6 +67,8 @@ class StudyConfig(TrainConfig):
                 raise ValueError(f"ways: expected some of {', '.join(WAYS)}, got {way!r}")
         if self.link_bw is not None and not self.link_bw > 0:
             raise ValueError(f"link_bw: expected a value > 0, or None for no link, got {self.link_bw}")
+        if self.mesh:
+            raise ValueError(f"mesh: expected none for a study, which takes one device, got {self.mesh}")
 
 
 class Run(NamedTuple):

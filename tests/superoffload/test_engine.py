@@ -91,6 +91,7 @@ def decoder():
 
 
 @pytest.mark.latest
+@pytest.mark.filterwarnings("error:Some donated buffers were not usable")
 def test_a_decoder_trains_to_the_same_bits_with_and_without_speculation(decoder):
     loss, params, batches = decoder
     shared = {
@@ -176,7 +177,7 @@ def test_where_and_when_changes_nothing(settings):
     assert_same(got[0], want[0])
 
 
-@pytest.mark.parametrize("settings", [{}, {"split": "param", "undo": "residual"}, {"offload_ratio": 0.0}])
+@pytest.mark.parametrize("settings", [{"offload_ratio": 0.5}, {"split": "param", "undo": "residual"}])
 def test_each_leaf_decays_as_it_is_told(settings):
     """By the bits of an engine in which all leaves do, or none: leaves of two kinds share no bucket."""
     params, grads = mlp_params(), jax.tree.map(jnp.cos, mlp_params())
@@ -292,9 +293,9 @@ def test_misuse():
         so.SuperOffload(mlp, 1e-3, config)
     with pytest.raises(ValueError, match="decay_mask: expected None"):
         so.SuperOffload(mlp, optax.sgd(0.1), config, decay_mask=matrices)
-    with so.SuperOffload(mlp, HYPER, config, decay_mask={"w": True}) as engine:
-        with pytest.raises(ValueError, match="decay_mask: expected a tree of bools"):
-            engine.init(mlp_params())
+    engine = so.SuperOffload(mlp, HYPER, config, decay_mask={"w": True})
+    with engine, pytest.raises(ValueError, match="decay_mask: expected a tree of bools"):
+        engine.init(mlp_params())
     with so.SuperOffload(mlp, HYPER, config) as engine:
         with pytest.raises(RuntimeError, match="call init first"):
             engine.train_step(None, None)

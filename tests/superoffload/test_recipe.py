@@ -122,7 +122,13 @@ def test_a_decoder_in_pieces_is_the_decoder(config, tied):
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
-    ("change", "message"), [({"ways": ()}, "ways"), ({"ways": ("luck",)}, "residuals"), ({"link_bw": 0}, "link_bw")]
+    ("change", "message"),
+    [
+        ({"ways": ()}, "ways"),
+        ({"ways": ("luck",)}, "residuals"),
+        ({"link_bw": 0}, "link_bw"),
+        ({"mesh": {"data": 8}}, "mesh"),
+    ],
 )
 def test_bad_configs(config, change, message):
     with pytest.raises(ValueError, match=message):
