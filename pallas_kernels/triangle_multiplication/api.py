@@ -97,6 +97,8 @@ def _fwd(static, z, mask, weights):
 
 def _bwd(static, saved, d_out):
     implementation, direction, eps = static
+    # What the forward pass made must be made again, after the cotangent is there: not found in it, and kept.
+    saved, d_out = jax.lax.optimization_barrier((saved, d_out))
     dz, d_weights = dispatch(_OP, _BACKWARD, implementation, *saved, d_out, direction=direction, eps=eps)
     return dz, None, d_weights
 
