@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Affine = tuple[Float[Array, " c"], Float[Array, " c"]]
+Affine = tuple[Float[Array, " _"], Float[Array, " _"]]
 """Scale and offset of a normalisation."""
 
 

@@ -1,7 +1,7 @@
 """Triangle multiplication as Pallas kernels on the Triton backend (NVIDIA, AMD): the backward pass.
 
-a, b and t are made again by the forward kernels. `_output_kernel` goes back through the gate and the normalisation of t,
-and puts dt in t's place; two plain products a channel give da and db; `_pairs_kernel` goes back through the gated
+a, b and t are made again by the forward kernels. `_output_kernel` goes back through the gate and the normalisation of
+t, and puts dt in t's place; two plain products a channel give da and db; `_pairs_kernel` goes back through the gated
 projections and the normalisation of z. Four channel-major arrays live at once at most. The gradients of the matrices
 have kernels of their own, which make the gates again rather than have their gradients stored: partial sums, one for
 each of a fixed number of programs, added up outside. No atomics.
@@ -124,7 +124,7 @@ def _output_kernel(
 def _back_to_output(
     problem: Problem, weights: Any, channel: Array, x: Array, u: Array, d_out_ref: Any, at: Place
 ) -> tuple[Array, Array, Array, Array]:
-    """Of some channels: gradients of u w_out and of the output gate before its sigmoid; and columns of both matrices."""
+    """Of some channels: gradients of u w_out and of the output gate before its sigmoid; and both matrices' columns."""
     hidden, feature = arange(padded(problem.hidden)), arange(padded(problem.channels))
     w_out, w_out_gate = load_matrix(weights.w_out, hidden, channel), load_matrix(weights.w_out_gate, feature, channel)
     gate = sigmoid(dot(w_out_gate, x, 0, 0))
@@ -331,6 +331,6 @@ def _steps(problem: Problem, tiles: Tiles, program: Array, programs: int) -> Arr
 _PROGRAMS = 128  # as many partial sums of a weight's gradient, about one for each processor of an H100
 
 # By bytes of an element; what the compiler makes of them is in docs/kernels.md.
-_OUTPUT_TILES = {2: Tiles(128, 64, warps=8, stages=1), 4: Tiles(64, 16, warps=8, stages=1)}
-_PAIRS_TILES = {2: Tiles(128, 64, warps=8, stages=1), 4: Tiles(64, 16, warps=8, stages=1)}
+_OUTPUT_TILES = {2: Tiles(128, 64, warps=8, stages=1), 4: Tiles(32, 16, warps=8, stages=1)}
+_PAIRS_TILES = {2: Tiles(128, 64, warps=8, stages=1), 4: Tiles(32, 16, warps=8, stages=1)}
 _WEIGHTS_TILES = {2: Tiles(64, 32, warps=8, stages=2), 4: Tiles(32, 32, warps=8, stages=1)}

@@ -1,8 +1,9 @@
 """What the Triton kernels of triangle multiplication share: how pairs and channels lie, normalisations, gates.
 
-a, b, t and their gradients are channel-major, `[B,F,N*W]`: the product over k is then one matrix product a channel. Rows
-of N are padded with zeros to W, a multiple of 16 bytes, so that copies stay wide whatever N is. The pair representation
-itself stays as it came, `[B,N*N,C]`. Kernels hold both as `[channels, positions]`, P positions of the padded grid a tile.
+a, b, t and their gradients are channel-major, `[B,F,N*W]`: the product over k is then one matrix product a channel.
+Rows of N are padded with zeros to W, a multiple of 16 bytes, so that copies stay wide whatever N is. The pair
+representation itself stays as it came, `[B,N*N,C]`. Kernels hold both as `[channels, P]`, for P positions of the padded
+grid.
 """
 
 import dataclasses
@@ -14,8 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int8
-
-from pallas_kernels.triangle_multiplication.reference import Affine
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_CHANNELS = 128  # a tile holds all channels of its positions in registers
@@ -162,15 +161,15 @@ class Problem:
             return flat(at.real)
         return flat(load(mask_ref, (at.batch, at.pair), at.real) != 0)
 
-    def load_x(self, ref: Any, affine: Affine | None, at: Place, again: bool = False) -> Normalised:
+    def load_x(self, ref: Any, affine: Any, at: Place, again: bool = False) -> Normalised:
         """A tile of z, normalised; one loaded `again` is not what the compiler kept of the first time."""
         return self.normalise(self.load_pairs(ref, at, again=again), affine, self.channels)
 
-    def load_t(self, ref: Any, affine: Affine | None, at: Place, again: bool = False) -> Normalised:
+    def load_t(self, ref: Any, affine: Any, at: Place, again: bool = False) -> Normalised:
         """A tile of t, normalised."""
         return self.normalise(self.load_channels(ref, at, arange(padded(self.hidden)), again), affine, self.hidden)
 
-    def normalise(self, x: Array, affine: Affine | None, count: int) -> Normalised:
+    def normalise(self, x: Array, affine: Any, count: int) -> Normalised:
         """Over the first `count` channels of `[channels, P]`; the rest stays zero."""
         x = x.astype(jnp.float32)
         if affine is None:
@@ -184,7 +183,7 @@ class Problem:
         scale, offset = (load(ref, (channel[:, None],), inside).astype(jnp.float32) for ref in affine)
         return Normalised(hat, hat * scale + offset, rstd)
 
-    def normalise_gradient(self, d_value: Array, normalised: Normalised, affine: Affine | None, count: int) -> Array:
+    def normalise_gradient(self, d_value: Array, normalised: Normalised, affine: Any, count: int) -> Array:
         """The gradient of the input of `normalise`."""
         if affine is None or normalised.rstd is None:
             return d_value

@@ -180,7 +180,7 @@ def _in_place(
 def _project(
     z: Float[Array, "n n c"], mask: Bool[Array, "n n"] | None, weights: Weights, eps: float
 ) -> tuple[Float[Array, "f n n"], Float[Array, "f n n"]]:
-    """a and b."""
+    """Gated, masked projections: a and b."""
 
     def step(rows, halves):
         x = _normalise(rows.of(z), weights.ln_in, 1, eps).value
@@ -201,7 +201,7 @@ def _halves(weights: Weights) -> list[list[Array]]:
 
 
 def _triangles(a: Array, b: Array, direction: str) -> Float[Array, "f n n"]:
-    """t."""
+    """The products over k: t."""
     axis = 2 if direction == "outgoing" else 1
     return _products(a, b, axis, axis)
 
