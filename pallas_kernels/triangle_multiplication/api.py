@@ -116,7 +116,7 @@ def _check(z: Array, mask: Array | None, weights: Weights, direction: str) -> No
     channels, width = z.shape[3], weights.w_proj.shape[-1]
     if width == 0 or width % 2:
         raise ValueError(f"w_proj: expected an even number of columns, a's and b's, got shape {weights.w_proj.shape}")
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "w_proj": (channels, width),
         "w_gate": (channels, width),
         "w_out": (width // 2, channels),

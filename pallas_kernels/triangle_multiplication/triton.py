@@ -109,12 +109,11 @@ def gated_projection(
 ) -> tuple[Array, Array, Array, Array]:
     """Of some channels of a (half 0) or b (1): projection and gate `[channels, P]`, and the two matrices' columns."""
     feature, hidden = arange(padded(problem.channels)), problem.hidden
-    matrices = [
+    w_proj, w_gate = (
         load_matrix(ref, feature, channel, columns=hidden, first=half * hidden)
         for ref in (weights.w_proj, weights.w_gate)
-    ]
-    projection, gate = (dot(matrix, x, 0, 0) for matrix in matrices)
-    return projection, sigmoid(gate), *matrices
+    )
+    return dot(w_proj, x, 0, 0), sigmoid(dot(w_gate, x, 0, 0)), w_proj, w_gate
 
 
 def _project_kernel(

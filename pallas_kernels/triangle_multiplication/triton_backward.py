@@ -86,7 +86,7 @@ def _output_gradients(
         interpret=interpret,
         name="triangle_output_dt",
     )(*given)
-    return d_t, d_x, tuple(_added(sums)) or None
+    return d_t, d_x, _pair(sums)
 
 
 def _output_kernel(
@@ -211,7 +211,7 @@ def _pairs_gradient(
         interpret=interpret,
         name="triangle_project_dz",
     )(*given)
-    return dz, tuple(_added(sums)) or None
+    return dz, _pair(sums)
 
 
 def _pairs_kernel(
@@ -250,11 +250,11 @@ def _back_to_projection(
     problem: Problem, weights: Any, half: int, channel: Array, x: Array, keep: Array | None, d_ref: Any, at: Place
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients of projection and gate, made again, from that of their product; and their weights."""
-    projection, gate, *matrices = gated_projection(problem, weights, half, channel, x)
+    projection, gate, w_proj, w_gate = gated_projection(problem, weights, half, channel, x)
     d_pair = problem.load_channels(d_ref, at, channel).astype(jnp.float32)
     d_proj = (d_pair if keep is None else jnp.where(keep, d_pair, 0.0)) * gate
     d_gate = d_proj * projection * (1 - gate)
-    return d_proj.astype(problem.dtype), d_gate.astype(problem.dtype), *matrices
+    return d_proj.astype(problem.dtype), d_gate.astype(problem.dtype), w_proj, w_gate
 
 
 def _projection_gradients(
@@ -321,6 +321,14 @@ def _weights_kernel(
 def _added(partial: Sequence[Array]) -> list[Array]:
     """The sums over all programs."""
     return [jnp.sum(parts, axis=0) for parts in partial]
+
+
+def _pair(partial: Sequence[Array]) -> Affine | None:
+    """The gradients of scale and offset, where there are any."""
+    if not partial:
+        return None
+    scale, offset = _added(partial)
+    return scale, offset
 
 
 def _steps(problem: Problem, tiles: Tiles, program: Array, programs: int) -> Array:

@@ -266,9 +266,9 @@ def _normalise_gradient(
     d_value: Array, normalised: _Normalised, affine: Affine | None, axis: int
 ) -> tuple[Array, Affine | None]:
     """Gradients of the input, and of scale and offset."""
-    if affine is None:
-        return d_value, None
     hat, _, rstd = normalised
+    if affine is None or rstd is None:
+        return d_value, None
     d_hat = d_value * jnp.expand_dims(affine[0], 1 - axis)
     mean = functools.partial(jnp.mean, axis=axis, keepdims=True)
     d_affine = jnp.sum(d_value * hat, axis=1 - axis), jnp.sum(d_value, axis=1 - axis)

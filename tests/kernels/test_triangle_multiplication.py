@@ -49,6 +49,14 @@ def _inputs(shape, given=("ln_in", "ln_out"), masked=True, dtype=np.float32):
     return z, mask, weights | {name: None for name in ("ln_in", "ln_out") if name not in given}, d_out
 
 
+def _shapes(shape, dtype=jnp.float32):
+    """What `_inputs` gives, as shapes."""
+    batch, n, channels, hidden = shape
+    weights = jax.eval_shape(lambda: _inputs((1, 1, channels, hidden))[2])
+    pairs = jax.ShapeDtypeStruct((batch, n, n, channels), dtype)
+    return pairs, jax.ShapeDtypeStruct((batch, n, n), bool), weights, pairs
+
+
 @functools.partial(jax.jit, static_argnames=("direction", "implementation"))
 def _run(z, mask, weights, d_out, direction, implementation):
     """The value, and all gradients by name."""
@@ -189,7 +197,7 @@ def test_inside_shard_map():
 
 
 def _temporaries(implementation, n=128, width=64):
-    z, mask, weights, _ = jax.eval_shape(lambda: _inputs((1, n, width, width)))
+    z, mask, weights, _ = _shapes((1, n, width, width))
 
     def loss(z, weights, mask):
         return jnp.sum(triangle_multiplication(z, mask, **weights, implementation=implementation) ** 2)
@@ -265,7 +273,7 @@ def test_impossible_tiles(field):
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_lowered_for_gpus(platform):
-    z, mask, weights, d_out = jax.eval_shape(functools.partial(_inputs, (1, 24, 16, 16), dtype=jnp.bfloat16))
+    z, mask, weights, d_out = _shapes((1, 24, 16, 16), jnp.bfloat16)
     for implementation in (None, "triton"):
         run = functools.partial(_run, direction="incoming", implementation=implementation)
         text = jax.jit(run).trace(z, mask, weights, d_out).lower(lowering_platforms=(platform,)).as_text()
@@ -280,7 +288,7 @@ def _gradients(direction, implementation, z, mask, weights, d_out):
 
 
 def _compiled(n, direction, implementation, dtype=jnp.bfloat16, batch=1):
-    shapes = jax.eval_shape(functools.partial(_inputs, (batch, n, 128, 128), dtype=dtype))
+    shapes = _shapes((batch, n, 128, 128), dtype)
     program = functools.partial(_gradients, direction, implementation)
     return plan.compile(program, *shapes, target=plan.target("h100"), labels=["input"] * 4)
 
@@ -309,5 +317,5 @@ def test_compiled_for_h100():
 def test_large_problems_compiled_for_h100():
     """Offsets beyond 32 bits: arrays of 5 GiB are addressed in 64."""
     made = _compiled(1024, "outgoing", None, batch=20)
-    assert made.bytes["temporaries"] <= 4 * 20 * 1024**2 * 128 * 2 + 2**28
+    assert made.bytes["temporaries"] <= 4.1 * 20 * 1024**2 * 128 * 2
     assert all(kernel.spill_bytes == 0 for kernel in made.kernels)
