@@ -31,6 +31,7 @@ from pallas_kernels.packed_moe_matmul import packed_moe_matmul
 from pallas_kernels.token_combine import token_combine
 from pallas_kernels.token_gather import token_gather
 from pallas_kernels.transition import transition
+from pallas_kernels.triangle_multiplication import triangle_multiplication
 from tests.oracles import adam as adam_oracle
 from tests.oracles import attention as attention_oracle
 from tests.oracles import evo_attention as evo_oracle
@@ -38,6 +39,7 @@ from tests.oracles import grouped_matmul as grouped_oracle
 from tests.oracles import layernorm_fusions as fusions_oracle
 from tests.oracles import packed_moe_matmul as packed_oracle
 from tests.oracles import token_rows as rows_oracle
+from tests.oracles.triangle_multiplication import Triangle
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 GPUS = ("h100", "a100")
@@ -119,6 +121,37 @@ def _evo_shapes(length, dim, dtype):
 def _evo_arrays():
     rng = np.random.default_rng(0)
     return tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in _evo_shapes(64, 32, jnp.float32)[:4])
+
+
+_TRIANGLE = ("ln_in", "w_proj", "w_gate", "ln_out", "w_out", "w_out_gate")
+
+
+def _triangle(z, *weights, implementation=None):
+    return triangle_multiplication(z, **_triangle_weights(weights), implementation=implementation)
+
+
+def _triangle_weights(leaves):
+    (scale_in, offset_in, w_proj, w_gate, scale_out, offset_out, w_out, w_out_gate) = leaves
+    return dict(zip(_TRIANGLE, ((scale_in, offset_in), w_proj, w_gate, (scale_out, offset_out), w_out, w_out_gate)))
+
+
+def _triangle_exact(z, *rest):
+    *weights, cotangent = rest
+    made = Triangle(z, None, **_triangle_weights(weights), direction="outgoing")
+    gradients = made.gradients(cotangent)
+    return made.out, *(leaf for name in ("z", *_TRIANGLE) for leaf in jax.tree.leaves(gradients[name]))
+
+
+def _triangle_shapes(n, c, f, dtype):
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    pairs, weights = jax.ShapeDtypeStruct((1, n, n, c), dtype), ((c,), (c,), (c, 2 * f), (c, 2 * f), (f,), (f,))
+    return pairs, *map(array, (*weights, (f, c), (c, c))), pairs
+
+
+def _triangle_arrays():
+    rng = np.random.default_rng(0)
+    given = _triangle_shapes(96, 64, 64, jnp.float32)[:-1]
+    return tuple(jnp.asarray(rng.normal(size=x.shape) / max(1, x.shape[0] ** 0.5), x.dtype) for x in given)
 
 
 def _packed(x, words, sizes, slots, members, cotangent):
@@ -360,6 +393,21 @@ OPS = (
             "For comparison: tokamax (0.0.12, same shape, H100, JAX 0.10.2) takes 439 MiB for output and gradients "
             "with its Triton kernels, 2023 MiB with its chunked XLA form."
         ),
+    ),
+    Op(
+        name="triangle_multiplication",
+        what="Triangle multiplication of a pair representation (MegaFold): normalisations, gates and products.",
+        function=_triangle,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "xla", "reference"),
+        arrays=_triangle_arrays,
+        shape="96 x 96 pairs of 64 channels, 64 hidden, outgoing",
+        oracle=_triangle_exact,
+        differentiate=tuple(range(9)),
+        gpu_shapes=functools.partial(_triangle_shapes, 384, 128, 128, jnp.bfloat16),
+        gpu_shape="384 x 384 pairs of 128 channels, 128 hidden, outgoing, bfloat16",
+        notes="A channel-major array of the hidden channels takes 36 MiB; the gradients hold four of them at most.",
     ),
     Op(
         name="packed_moe_matmul",

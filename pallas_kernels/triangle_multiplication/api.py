@@ -47,9 +47,10 @@ def triangle_multiplication(
         t_ij = sum_k a_ik * b_jk ("outgoing")    or    sum_k a_ki * b_kj ("incoming"), channel by channel,
         out  = sigmoid(x w_out_gate) * (LN(t; ln_out) w_out).
 
-    Products are taken in z's dtype and accumulated in float32 (float64 for float64 inputs), normalisations and gates
-    are float32. Nothing but the inputs is kept for the gradient, which recomputes a, b and t ("reference" keeps all
-    that JAX keeps). Usable under `jit`, `vmap`, `jax.checkpoint` and `shard_map`; arrays that lie over a mesh need a
+    Products are taken in z's dtype, as `jax.default_matmul_precision` says (on a GPU TF32, unless it says otherwise),
+    and accumulated in float32 (float64 for float64 inputs); normalisations and gates are float32. Nothing but the
+    inputs is kept for the gradient, which recomputes a, b and t ("reference" keeps all that JAX keeps, and rounds to
+    z's dtype in between). The Triton kernels take up to 128 channels each way. Usable under `jit`, `vmap`, `jax.checkpoint` and `shard_map`; arrays that lie over a mesh need a
     `shard_map`, as XLA cannot divide a kernel.
 
     Args:

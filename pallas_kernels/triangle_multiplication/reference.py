@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 def forward(
     z: Float[Array, "b n n c"], mask: Bool[Array, "b n n"] | None, weights: Weights, *, direction: str, eps: float
 ) -> Float[Array, "b n n c"]:
-    """Products in z's dtype, normalisations in float32."""
+    """Products and gates in z's dtype, normalisations in float32."""
     weights = weights.cast(z.dtype)
     x = _layer_norm(z, weights.ln_in, eps)
     pair = jax.nn.sigmoid(x @ weights.w_gate) * (x @ weights.w_proj)
