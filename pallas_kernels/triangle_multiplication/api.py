@@ -50,8 +50,8 @@ def triangle_multiplication(
     Products are taken in z's dtype, as `jax.default_matmul_precision` says (on a GPU TF32, unless it says otherwise),
     and accumulated in float32 (float64 for float64 inputs); normalisations and gates are float32. Nothing but the
     inputs is kept for the gradient, which recomputes a, b and t ("reference" keeps all that JAX keeps, and rounds to
-    z's dtype in between). The Triton kernels take up to 128 channels each way. Usable under `jit`, `vmap`, `jax.checkpoint` and `shard_map`; arrays that lie over a mesh need a
-    `shard_map`, as XLA cannot divide a kernel.
+    z's dtype in between). The Triton kernels take up to 128 channels, hidden and outer. Usable under `jit`, `vmap`,
+    `jax.checkpoint` and `shard_map`; arrays that lie over a mesh need a `shard_map`, as XLA cannot divide a kernel.
 
     Args:
         z: pair representation `[B,N,N,C]`.
