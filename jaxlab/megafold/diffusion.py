@@ -147,8 +147,9 @@ def sample(
         index, level, target = inputs
         frame_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
         x = random_augmentation(frame_key, x, keep[:, 0])
-        raised = level * (1 + jnp.where(target > gamma_min, gamma_0, 0.0))
-        added = noise_scale * jnp.sqrt(raised**2 - level**2)
+        gamma = jnp.where(target > gamma_min, gamma_0, 0.0)
+        raised = level * (1 + gamma)
+        added = noise_scale * level * jnp.sqrt(gamma * (gamma + 2))  # sqrt(raised^2 - level^2), never of less than 0
         noisy = x + jnp.where(keep, added * jax.random.normal(noise_key, shape), 0.0)
         slope = (noisy - denoise(noisy, raised)) / raised
         return jnp.where(keep, noisy + step_scale * (target - raised) * slope, 0.0), None
