@@ -1,11 +1,12 @@
 """The whole network: trunk, diffusion module, distogram and confidence heads."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxlab.megafold.config import AF3Config
@@ -13,22 +14,8 @@ from jaxlab.megafold.modules.confidence import ConfidenceHead
 from jaxlab.megafold.modules.diffusion import DiffusionModule
 from jaxlab.megafold.modules.distogram import DistogramHead
 from jaxlab.megafold.modules.inputs import InputEmbedder
-from jaxlab.megafold.modules.trunk import TrunkCycle
-
-
-@struct.dataclass
-class Trunk:
-    """What the trunk knows of a structure.
-
-    Attributes:
-      s_inputs: the input embedding, [B, N, c_inputs].
-      s: of tokens, [B, N, c_s].
-      z: of pairs, [B, N, N, c_z].
-    """
-
-    s_inputs: Float[Array, "b n c_inputs"]
-    s: Float[Array, "b n c_s"]
-    z: Float[Array, "b n n c_z"]
+from jaxlab.megafold.modules.trunk import Trunk, TrunkCycle
+from jaxlab.megafold.modules.weights import DROPOUT
 
 
 class AlphaFold3(nn.Module):
@@ -104,6 +91,24 @@ class AlphaFold3(nn.Module):
         Returns:
           Embeddings in `config.dtype`.
         """
+        start = Trunk(*self.input_embedder(batch))
+        last = Trunk(start.s_inputs, jnp.zeros_like(start.s), jnp.zeros_like(start.z))
+        several = not isinstance(recycles, int | np.integer) or recycles > 1
+        if several and not self.is_initializing():
+            last = self._recycle(batch, start, last, recycles - 1)
+        return self.trunk_cycle(batch, start, last)
+
+    def _recycle(self, batch: Mapping[str, Array], start: Trunk, last: Trunk, passes: int | Array) -> Trunk:
+        """Passes without gradient."""
+        variables, start, last = jax.lax.stop_gradient((self.trunk_cycle.variables, start, last))
+        key = self.make_rng(DROPOUT) if self.has_rng(DROPOUT) else None
+        cycle = TrunkCycle(self.config, parent=None)
+
+        def once(index: Array, last: Trunk) -> Any:
+            rngs = None if key is None else {DROPOUT: jax.random.fold_in(key, index)}
+            return cycle.apply(variables, batch, start, last, rngs=rngs)
+
+        return jax.lax.fori_loop(0, passes, once, last)
 
     def denoise(
         self, batch: Mapping[str, Array], trunk: Trunk, x: Float[Array, "b t a 3"], sigma: Float[Array, "b t"]
@@ -122,9 +127,11 @@ class AlphaFold3(nn.Module):
         Returns:
           The estimate of the truth, Å, in the frame of x; zero for padding.
         """
+        return self.diffusion_module(batch, trunk, x, sigma)
 
     def distogram(self, trunk: Trunk) -> Float[Array, "b n n 64"]:
         """Logits of the distances between representative atoms, symmetric."""
+        return self.distogram_head(trunk.z)
 
     def confidence(
         self, batch: Mapping[str, Array], trunk: Trunk, x_pred: Float[Array, "b a 3"]
@@ -140,3 +147,4 @@ class AlphaFold3(nn.Module):
           Logits: plddt [B, A, 50], pae [B, N, N, 64] (row: the token whose frame it is), pde [B, N, N, 64] (symmetric),
           resolved [B, A, 2] (second: resolved).
         """
+        return self.confidence_head(batch, trunk, x_pred)
