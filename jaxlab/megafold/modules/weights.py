@@ -46,7 +46,7 @@ def drop(module: nn.Module, x: Float[Array, "..."], rate: float, axis: int) -> F
 def repeated(block: nn.Module, count: int, carry: Any, *shared: Any, remat: bool) -> Any:
     """`carry = block(carry, *shared)`, count times, with other weights each time, which are stacked along a first axis.
 
-    A tuple is handed on as several arguments. With `remat` the backward pass keeps only what goes from one block to the next.
+    A tuple is handed on as several arguments. With `remat` the backward pass keeps only what lies between blocks.
     """
     if count == 0:
         return carry
