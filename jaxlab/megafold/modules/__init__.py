@@ -11,7 +11,7 @@ are float32. What ends a residual branch, and every gate, begins with zeros, so 
     update = module.apply(module.init(jax.random.key(0), z), z)
 """
 
-from jaxlab.megafold.modules.alphafold3 import AlphaFold3
+from jaxlab.megafold.modules.alphafold3 import AlphaFold3, initial_params
 from jaxlab.megafold.modules.atoms import AtomTransformer
 from jaxlab.megafold.modules.confidence import ConfidenceHead
 from jaxlab.megafold.modules.diffusion import DiffusionModule
@@ -42,4 +42,5 @@ __all__ = [
     "TriangleAttention",
     "TriangleMultiplication",
     "Trunk",
+    "initial_params",
 ]

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jaxlab.megafold.config import AF3Config
+from jaxlab.megafold.features import abstract_batch
 from jaxlab.megafold.modules.confidence import ConfidenceHead
 from jaxlab.megafold.modules.diffusion import DiffusionModule
 from jaxlab.megafold.modules.distogram import DistogramHead
@@ -27,7 +28,7 @@ class AlphaFold3(nn.Module):
     the diffusion module has none.
 
         model = AlphaFold3(config)
-        params = model.init(key, batch, x, sigma)["params"]
+        params = initial_params(config, key)  # what model.init(key, batch, x, sigma)["params"] is, sooner
 
         def forward(model):
             trunk = model.trunk(batch, recycles=recycles)
@@ -52,7 +53,7 @@ class AlphaFold3(nn.Module):
 
     def __call__(
         self,
-        batch: Mapping[str, Array],
+        batch: Mapping[str, Any],
         x: Float[Array, "b t a 3"],
         sigma: Float[Array, "b t"],
         *,
@@ -148,3 +149,15 @@ class AlphaFold3(nn.Module):
           resolved [B, A, 2] (second: resolved).
         """
         return self.confidence_head(batch, trunk, x_pred)
+
+
+def initial_params(config: AF3Config, key: Array) -> dict[str, Any]:
+    """Fresh weights, float32, those of `AlphaFold3(config).init`, which would compile a forward pass for them."""
+    samples = jax.ShapeDtypeStruct((1, 1, config.max_atoms, 3), jnp.float32)
+    levels = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+
+    def make(key: Array) -> dict[str, Any]:
+        return AlphaFold3(config).lazy_init(key, abstract_batch(config), samples, levels)["params"]
+
+    # Run once: what the compiler would spend on making it fast, twice the time, is lost.
+    return jax.jit(make, compiler_options={"xla_backend_optimization_level": 0})(key)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from jaxlab.megafold.config import Kernels
 from pallas_kernels.layernorm_linear import layernorm_linear
 
-Affine = tuple[Float[Array, " c"], Float[Array, " c"]]
+Affine = tuple[Float[Array, " _"], Float[Array, " _"]]
 """Scale and offset of a normalisation."""
 
 Implementation = Kernels | str | None

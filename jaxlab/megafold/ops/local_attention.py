@@ -112,7 +112,7 @@ def local_attention(
         check_shape("bias", bias, "[B, H, ceil(N / n_q), n_q, n_k]", (batch, heads, blocks, n_q, n_k))
     valid = jnp.ones((batch, length), bool) if mask is None else mask
     window = {"n_q": n_q, "n_k": n_k, "edge": edge}
-    samples = (batch, -1, length, heads, dim) if q.ndim == 4 else q.shape
+    samples = (batch, math.prod(q.shape[1:-3]), length, heads, dim)
     keys, values = (atom_windows(x.reshape(samples), axis=2, **window) for x in (k, v))
     seen = atom_windows(valid, axis=1, **window)
     padding = ((0, 0), (0, 0), (0, blocks * n_q - length), (0, 0), (0, 0))
