@@ -156,7 +156,7 @@ def initial_params(config: AF3Config, key: Array) -> dict[str, Any]:
     samples = jax.ShapeDtypeStruct((1, 1, config.max_atoms, 3), jnp.float32)
     levels = jax.ShapeDtypeStruct((1, 1), jnp.float32)
 
-    def make(key: Array) -> dict[str, Any]:
+    def make(key: Array) -> Any:
         return AlphaFold3(config).lazy_init(key, abstract_batch(config), samples, levels)["params"]
 
     # Run once: what the compiler would spend on making it fast, twice the time, is lost.
