@@ -1,9 +1,14 @@
 """Weights and batches for tests: nothing is zero, so that everything matters."""
 
+import functools
+
 import jax
 import numpy as np
 
 from jaxlab.megafold.features import FEATURES, abstract_batch
+
+# Sooner compiled, slower run, the better bargain at a test's sizes.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random_weights(shapes, seed=0):

@@ -14,7 +14,7 @@ from jaxlab.megafold.data import synthetic_batch
 from jaxlab.megafold.modules import atoms, confidence, diffusion, distances, msa, pair, templates, weights
 from pallas_kernels.transition import transition
 from pallas_kernels.triangle_multiplication import triangle_multiplication
-from tests.megafold.parameters import random_weights
+from tests.megafold.parameters import quick_jit, random_weights
 
 PLAIN = Kernels("reference", "reference", "reference", "reference")
 FUSED = Kernels("xla", "xla", "xla", "xla")
@@ -33,7 +33,7 @@ def weights_of(module, *args, seed=0):
 
 
 def run(module, variables, *args, rngs=None):
-    return jax.jit(functools.partial(module.apply, rngs=rngs))(variables, *args)
+    return quick_jit(functools.partial(module.apply, rngs=rngs))(variables, *args)
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -60,7 +60,7 @@ def test_weights_have_the_names_of_the_ops_arguments(module, op, args, static):
     args = jax.tree.map(jnp.asarray, args)
     variables = weights_of(module, *args)
     assert variables["params"].keys() <= inspect.signature(op).parameters.keys()
-    close(run(module, variables, *args), jax.jit(functools.partial(op, **static))(*args, **variables["params"]))
+    close(run(module, variables, *args), quick_jit(functools.partial(op, **static))(*args, **variables["params"]))
 
 
 def test_blocks_repeat_with_weights_of_their_own():
@@ -68,7 +68,7 @@ def test_blocks_repeat_with_weights_of_their_own():
     stack = modules.PairformerStack(CONFIG)
     variables = weights_of(stack, s, z, mask)
     out = run(stack, variables, s, z, mask)
-    block = jax.jit(modules.PairformerBlock(CONFIG).apply)
+    block = quick_jit(modules.PairformerBlock(CONFIG).apply)
     for index in range(CONFIG.pairformer_blocks):
         s, z = block({"params": jax.tree.map(lambda w, i=index: w[i], variables["params"]["blocks"])}, s, z, mask)
     jax.tree.map(close, out, (s, z))
@@ -87,7 +87,7 @@ def test_fused_and_remat_give_the_same_gradients():
             block = diffusion.TokenBlock(self.config, name="blocks")
             return weights.repeated(block, 2, a, condition, z, mask, remat=self.config.remat)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quick_jit, static_argnums=0)
     def both(config, *args):
         out, pull = jax.vjp(Blocks(config).apply, *args)
         return out, pull(jnp.where(mask[:, None, :, None], cotangent, 0))
@@ -215,7 +215,7 @@ def test_templates():
     batch = {name: jnp.asarray(value) for name, value in synthetic_batch(CONFIG, jax.random.key(1)).items()}
     z, module = normal(3, 1, N, N, C_Z), modules.TemplateEmbedder(CONFIG)
     variables = weights_of(module, batch, z)
-    apply = jax.jit(module.apply)
+    apply = quick_jit(module.apply)
     real = np.asarray(batch["token_mask"][0])
 
     def out(**changed):

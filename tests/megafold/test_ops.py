@@ -7,6 +7,7 @@ import pytest
 
 from jaxlab.megafold import ops
 from jaxlab.megafold.config import Kernels
+from tests.megafold.parameters import quick_jit
 from tests.oracles import af3
 
 B, N, C, S, T, H, D = 2, 7, 8, 5, 3, 2, 4
@@ -41,7 +42,7 @@ def check(op, oracle, given, *, static=None, mask=None, tolerance=5e-6):
     cotangent = rng.normal(size=expected.shape)
     narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
 
-    @jax.jit
+    @quick_jit
     def both(given):
         out, pull = jax.vjp(lambda given: op(**given, mask=valid, **static), given)
         return out, pull(jnp.asarray(cotangent, out.dtype))[0]
@@ -74,13 +75,13 @@ def test_ending_node_is_the_starting_node_transposed():
     z, mask = jnp.asarray(normal(rng, B, N, N, C), jnp.float32), jnp.asarray(pair_mask(rng))
     weights = jax.tree.map(jnp.float32, attention_weights(rng, C, C)) | {"ln_in": None}
 
-    @jax.jit
+    @quick_jit
     def outputs(z, mask):
         starting = ops.triangle_attention(jnp.swapaxes(z, 1, 2), jnp.swapaxes(mask, 1, 2), **weights)
         return ops.triangle_attention(z, mask, **weights, node="ending"), jnp.swapaxes(starting, 1, 2)
 
     np.testing.assert_allclose(*outputs(z, mask), atol=1e-6)
-    no_mask = jax.jit(lambda z: ops.triangle_attention(z, **weights, node="ending"))(z)
+    no_mask = quick_jit(lambda z: ops.triangle_attention(z, **weights, node="ending"))(z)
     np.testing.assert_allclose(no_mask, outputs(z, jnp.ones_like(mask))[0], atol=1e-6)
 
 
@@ -93,7 +94,7 @@ def test_attention_pair_bias():
     check(ops.attention_pair_bias, af3.attention_pair_bias, given, mask=mask)
     # Without samples, and with what is normalised already.
     plain = {name: jnp.asarray(value, jnp.float32) for name, value in given.items() if not isinstance(value, tuple)}
-    op = jax.jit(lambda s: ops.attention_pair_bias(**plain | {"s": s}, mask=jnp.asarray(mask), ln_s=None, ln_z=None))
+    op = quick_jit(lambda s: ops.attention_pair_bias(**plain | {"s": s}, mask=jnp.asarray(mask), ln_s=None, ln_z=None))
     np.testing.assert_allclose(op(plain["s"][:, 0]), op(plain["s"])[:, 0], atol=1e-6)
 
 
@@ -109,7 +110,7 @@ def test_outer_product_mean():
         op = lambda chunk=chunk, **kwargs: ops.outer_product_mean(**kwargs, row_chunk=chunk)  # noqa: E731
         check(op, af3.outer_product_mean, given, mask=mask)
     narrow = jax.tree.map(jnp.float32, given)
-    op = jax.jit(lambda mask: ops.outer_product_mean(**narrow, mask=mask))
+    op = quick_jit(lambda mask: ops.outer_product_mean(**narrow, mask=mask))
     np.testing.assert_allclose(op(None), op(jnp.ones(mask.shape, bool)), atol=1e-6)
 
 
@@ -145,7 +146,7 @@ def test_local_attention(length, n_q, n_k, edge):
     static = {"n_q": n_q, "n_k": n_k, "edge": edge}
     check(ops.local_attention, af3.local_attention, given, static=static, mask=mask)
     narrow = {name: jnp.asarray(x[:, 0] if name != "bias" else x, jnp.float32) for name, x in given.items()}
-    one = jax.jit(lambda given: ops.local_attention(**given, **static))(narrow | {"bias": None})
+    one = quick_jit(lambda given: ops.local_attention(**given, **static))(narrow | {"bias": None})
     expected = af3.local_attention(q[:, :1], k[:, :1], v[:, :1], None, np.ones_like(mask), **static)
     np.testing.assert_allclose(one, expected[:, 0], atol=2e-6)
 
@@ -199,7 +200,7 @@ def test_bfloat16_is_near_float32():
     rng = np.random.default_rng(8)
     weights = jax.tree.map(jnp.float32, attention_weights(rng, C, C) | {"ln_in": norm_weights(rng, C)})
     z = jnp.asarray(normal(rng, B, N, N, C), jnp.bfloat16)
-    op = jax.jit(lambda z: ops.triangle_attention(z, **weights))
+    op = quick_jit(lambda z: ops.triangle_attention(z, **weights))
     assert op(z).dtype == jnp.bfloat16
     np.testing.assert_allclose(op(z).astype(np.float32), op(z.astype(np.float32)), rtol=2e-2, atol=4e-2)
 
@@ -209,7 +210,7 @@ def test_kernels_agree():
     weights = jax.tree.map(jnp.float32, attention_weights(rng, C, C) | {"ln_in": norm_weights(rng, C)})
     z, mask = jnp.asarray(normal(rng, B, N, N, C), jnp.float32), jnp.asarray(pair_mask(rng))
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quick_jit, static_argnums=0)
     def op(kernels):
         return ops.triangle_attention(z, mask, **weights, implementation=kernels)
 

@@ -1,6 +1,7 @@
 """Atoms: their features, attention in windows, and the ways to and from tokens."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ class AtomConditioning:
       p: of pairs of atoms in a window, [B, ceil(A / 32), 32, 128, c_atompair].
     """
 
-    c: Float[Array, "b a c_atom"]
-    p: Float[Array, "b blocks q k c_atompair"]
+    c: Any
+    p: Any
 
 
 def from_tokens(x: Float[Array, "b *t n c"], atom_token: Int[Array, "b a"]) -> Float[Array, "b *t a c"]:

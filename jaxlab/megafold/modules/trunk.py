@@ -1,10 +1,11 @@
 """One pass of the trunk, and what comes out of it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.modules.msa import MSAModule
@@ -24,9 +25,9 @@ class Trunk:
       z: of pairs, [B, N, N, c_z].
     """
 
-    s_inputs: Float[Array, "b n c_inputs"]
-    s: Float[Array, "b n c_s"]
-    z: Float[Array, "b n n c_z"]
+    s_inputs: Any
+    s: Any
+    z: Any
 
 
 class TrunkCycle(Weights):

@@ -5,6 +5,12 @@ projection to heads is head-major `[H*D]`; `ln_*` is a pair `(scale, offset)`, o
 already; masks are boolean, True valid, and None is all valid. Outputs have the dtype of the first argument, softmax and
 normalisations are float32. `implementation` is that of every fused kernel inside (None, "reference", "xla", "triton",
 "interpret"), or a `Kernels` that says it for each.
+
+    import jax.numpy as jnp
+    from jaxlab.megafold import ops
+
+    q = k = v = jnp.ones((1, 100, 4, 32))
+    out = ops.local_attention(q, k, v, edge="shift")
 """
 
 from jaxlab.megafold.ops.attention import attention_pair_bias, triangle_attention
