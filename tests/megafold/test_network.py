@@ -114,13 +114,6 @@ def test_a_fresh_network_returns_its_input_scaled():
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves((out["distogram"], out["confidence"])))
 
 
-def test_initial_params_are_those_of_init():
-    batch = batch_of(EMPTY)
-    x, sigma = jnp.zeros((1, 1, EMPTY.max_atoms, 3)), jnp.ones((1, 1))
-    params = quick_jit(AlphaFold3(EMPTY).init)(jax.random.key(0), batch, x, sigma)["params"]
-    jax.tree.map(functools.partial(same, tolerance=1e-6), initial_params(EMPTY, jax.random.key(0)), params)
-
-
 def test_gradient_goes_through_the_last_pass_alone():
     model, batch = AlphaFold3(EMPTY), batch_of(EMPTY)
     params = random_weights(shapes_of(EMPTY))
