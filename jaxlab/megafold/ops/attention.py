@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxlab.megafold.config import Kernels
 from jaxlab.megafold.ops.basic import (
     Affine,
     Implementation,
+    Whole,
     check_mask,
     check_matrices,
     kernels_of,
     norm_project,
     project,
     split_heads,
+    whole_already,
 )
 from pallas_kernels.evo_attention import evo_attention
 
@@ -68,22 +71,41 @@ def triangle_attention(
         raise ValueError(f"z: expected shape [B, N, N, C], got {z.shape}")
     check_mask(mask, "[B, N, N]", z.shape[:3])
     _check_weights(z.shape[-1], z.shape[-1], w_q, w_k, w_v, w_bias, w_gate, w_out)
-    kernels = kernels_of(implementation)
     if node == "ending":
         z, mask = jnp.swapaxes(z, 1, 2), None if mask is None else jnp.swapaxes(mask, 1, 2)
+    weights = dict(w_q=w_q, w_k=w_k, w_v=w_v, w_bias=w_bias, w_gate=w_gate, w_out=w_out, b_q=b_q)
+    out = attend_rows(z, mask, ln_in=ln_in, **weights, kernels=kernels_of(implementation))
+    return jnp.swapaxes(out, 1, 2) if node == "ending" else out
+
+
+def attend_rows(
+    z: Float[Array, "b rows n c"],
+    mask: Bool[Array, "b rows n"] | None,
+    *,
+    ln_in: Affine | None,
+    w_q: Array,
+    w_k: Array,
+    w_v: Array,
+    w_bias: Array,
+    w_gate: Array,
+    w_out: Array,
+    b_q: Array | None,
+    kernels: Kernels,
+    whole: Whole = whole_already,
+) -> Float[Array, "b rows n c"]:
+    """`triangle_attention` of the starting node for some rows; `whole` gets the bias of all from that of these."""
     heads, width = w_bias.shape[1], w_q.shape[1]
     packed = jnp.concatenate([w_q, w_k, w_v, w_gate, w_bias], axis=1)
     parts = norm_project(z, ln_in, packed, _padded(b_q, packed), implementation=kernels.layernorm_linear)
     *qkv, gate, bias = jnp.split(parts, [width, 2 * width, 3 * width, 4 * width], axis=-1)
     q, k, v = (split_heads(x, heads) for x in qkv)
-    out: Any = evo_attention(
+    out = evo_attention(
         *(q, k, v),
         None if mask is None else mask[:, :, None, None, :],
-        jnp.moveaxis(bias, -1, 1)[:, None],
+        whole(jnp.moveaxis(bias, -1, 1)[:, None], 3),
         implementation=kernels.evo_attention,
     )
-    out = project(jax.nn.sigmoid(gate) * out.reshape(gate.shape), w_out)
-    return jnp.swapaxes(out, 1, 2) if node == "ending" else out
+    return project(jax.nn.sigmoid(gate) * out.reshape(gate.shape), w_out)
 
 
 def attention_pair_bias(
@@ -133,20 +155,57 @@ def attention_pair_bias(
         raise ValueError(f"z: expected shape [B, N, N, Cz] = {(batch, length, length, 'any')}, got {z.shape}")
     check_mask(mask, "[B, N]", (batch, length))
     _check_weights(channels, z.shape[-1], w_q, w_k, w_v, w_bias, w_gate, w_out)
-    kernels = kernels_of(implementation)
-    heads, width = w_bias.shape[1], w_q.shape[1]
-    packed = jnp.concatenate([w_q, w_k, w_v, w_gate], axis=1)
-    parts = norm_project(s, ln_s, packed, _padded(b_q, packed), implementation=kernels.layernorm_linear)
-    *qkv, gate = jnp.split(parts, [width, 2 * width, 3 * width], axis=-1)
+    weights = dict(w_q=w_q, w_k=w_k, w_v=w_v, w_bias=w_bias, w_gate=w_gate, w_out=w_out, b_q=b_q)
+    return attend_tokens(s, z, mask, ln_s=ln_s, ln_z=ln_z, **weights, kernels=kernels_of(implementation))
+
+
+def attend_tokens(
+    s: Float[Array, "b *t n c"],
+    z: Float[Array, "b rows n c_z"],
+    mask: Bool[Array, "b n"] | None,
+    *,
+    ln_s: Affine | None,
+    ln_z: Affine | None,
+    w_q: Array,
+    w_k: Array,
+    w_v: Array,
+    w_bias: Array,
+    w_gate: Array,
+    w_out: Array,
+    b_q: Array | None,
+    kernels: Kernels,
+    whole: Whole = whole_already,
+) -> Float[Array, "b *t n c"]:
+    """`attention_pair_bias` for all tokens of some samples; `whole` gets the bias of all rows from that of these."""
+    *qkv, gate = token_projections(s, ln_s, w_q, w_k, w_v, w_gate, b_q, w_bias.shape[1], kernels)
     bias = norm_project(z, ln_z, w_bias, implementation=kernels.layernorm_linear)
-    q, k, v = (split_heads(x.reshape(batch, -1, length, width), heads) for x in qkv)
-    out: Any = evo_attention(
-        *(q, k, v),
+    out = evo_attention(
+        *qkv,
         None if mask is None else mask[:, None, None, None, :],
-        jnp.moveaxis(bias, -1, 1)[:, None],
+        whole(jnp.moveaxis(bias, -1, 1)[:, None], 3),
         implementation=kernels.evo_attention,
     )
     return project(jax.nn.sigmoid(gate) * out.reshape(gate.shape), w_out)
+
+
+def token_projections(
+    s: Float[Array, "b *t n c"],
+    ln_s: Affine | None,
+    w_q: Array,
+    w_k: Array,
+    w_v: Array,
+    w_gate: Array,
+    b_q: Array | None,
+    heads: int,
+    kernels: Kernels,
+) -> tuple[Array, Array, Array, Array]:
+    """Queries, keys and values `[B, T, N, H, D]`, T being 1 where s has no samples, and the gate before its sigmoid."""
+    width = w_q.shape[1]
+    packed = jnp.concatenate([w_q, w_k, w_v, w_gate], axis=1)
+    parts = norm_project(s, ln_s, packed, _padded(b_q, packed), implementation=kernels.layernorm_linear)
+    *qkv, gate = jnp.split(parts, [width, 2 * width, 3 * width], axis=-1)
+    q, k, v = (split_heads(x.reshape(s.shape[0], -1, s.shape[-2], width), heads) for x in qkv)
+    return q, k, v, gate
 
 
 def _padded(b_q: Array | None, packed: Array) -> Array | None:

@@ -1,5 +1,7 @@
 """What every op is made of: normalisation, projections, softmax over what is valid."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -12,6 +14,15 @@ Affine = tuple[Float[Array, " _"], Float[Array, " _"]]
 
 Implementation = Kernels | str | None
 """One name for every kernel, or one for each."""
+
+Whole = Callable[[Array, int], Array]
+"""Where tokens lie over devices: an array and the axis of its tokens here -> the array with all tokens."""
+
+
+def whole_already(x: Array, axis: int) -> Array:
+    """`Whole` on one device."""
+    del axis
+    return x
 
 
 def kernels_of(implementation: Implementation) -> Kernels:
@@ -51,12 +62,13 @@ def norm_project(
     w: Float[Array, "k n"],
     b: Float[Array, " n"] | None = None,
     *,
-    implementation: str | None = None,
+    eps: float = 1e-5,
+    implementation: Sequence[str] | str | None = None,
 ) -> Float[Array, "*batch n"]:
     """`project(layer_norm(x, affine), w, b)` by the fused kernel, where there is something to normalise."""
     if affine is None:
         return project(x, w, b)
-    return layernorm_linear(x, *affine, w, b, implementation=implementation)
+    return layernorm_linear(x, *affine, w, b, eps=eps, implementation=implementation)
 
 
 def swiglu(x: Float[Array, "*batch c"], w_in: Float[Array, "c f2"], w_out: Float[Array, "f n"]) -> Array:

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxlab.megafold.config import Kernels
 from jaxlab.megafold.ops.basic import (
     Affine,
     Implementation,
+    Whole,
     check_mask,
     check_matrices,
     kernels_of,
@@ -17,6 +19,7 @@ from jaxlab.megafold.ops.basic import (
     norm_project,
     project,
     split_heads,
+    whole_already,
 )
 
 _CHUNK_ELEMENTS = 2**24
@@ -64,24 +67,44 @@ def outer_product_mean(
     check_matrices(w_out=(w_out, width * width))
     if row_chunk is not None and row_chunk < 1:
         raise ValueError(f"row_chunk: expected at least 1, or None, got {row_chunk}")
-    kernels = kernels_of(implementation)
-    batch, depth, length, _ = m.shape
+    weights = dict(ln_in=ln_in, w_a=w_a, w_b=w_b, w_out=w_out, b_out=b_out)
+    return outer_rows(m, mask, **weights, kernels=kernels_of(implementation), row_chunk=row_chunk)
+
+
+def outer_rows(
+    m: Float[Array, "b s rows c_m"],
+    mask: Bool[Array, "b s rows"] | None,
+    *,
+    ln_in: Affine | None,
+    w_a: Array,
+    w_b: Array,
+    w_out: Array,
+    b_out: Array,
+    kernels: Kernels,
+    row_chunk: int | None,
+    whole: Whole = whole_already,
+) -> Float[Array, "b rows n c_z"]:
+    """`outer_product_mean` for some rows i; `whole` gets b, and the mask, of all tokens from those of these."""
+    batch, depth, here, _ = m.shape
     both = jnp.concatenate([w_a, w_b], axis=1)
     a, b = jnp.split(norm_project(m, ln_in, both, implementation=kernels.layernorm_linear), 2, axis=-1)
-    if mask is None:
-        counts = jnp.full((batch, length, length), max(depth, 1), jnp.float32)
-    else:
+    if mask is not None:
         a, b = (jnp.where(mask[..., None], x, 0) for x in (a, b))
-        valid = mask.astype(jnp.float32)
-        counts = jnp.maximum(jnp.einsum("bsi,bsj->bij", valid, valid), 1)
-    rows = min(row_chunk or max(1, _CHUNK_ELEMENTS // (batch * length * width * width)), length)
-    if rows == length:
+    b = whole(b, 2)
+    length = b.shape[2]
+    if mask is None:
+        counts = jnp.full((batch, here, length), max(depth, 1), jnp.float32)
+    else:
+        rows, columns = (x.astype(jnp.float32) for x in (mask, whole(mask, 2)))
+        counts = jnp.maximum(jnp.einsum("bsi,bsj->bij", rows, columns), 1)
+    rows = min(row_chunk or max(1, _CHUNK_ELEMENTS // (batch * length * w_out.shape[0])), here)
+    if rows == here:
         return _outer(w_out, b_out, b, a, counts)
-    chunks = math.ceil(length / rows)
+    chunks = math.ceil(here / rows)
     a, counts = (_chunked(x, axis, chunks, rows) for x, axis in ((a, 2), (counts, 1)))
     body = jax.checkpoint(functools.partial(_outer, w_out, b_out, b), prevent_cse=False)
     out = jax.lax.map(lambda chunk: body(*chunk), (a, counts))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * rows, length, -1)[:, :length]
+    return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * rows, length, -1)[:, :here]
 
 
 def _outer(w_out, b_out, b, a, counts):
@@ -148,10 +171,28 @@ def pair_weighted_averaging(
         raise ValueError(f"w_v: expected a width divisible by the {heads} heads of w_bias, got shape {w_v.shape}")
     check_matrices(width, w_gate=(w_gate, channels))
     check_matrices(channels, w_out=(w_out, width))
-    kernels = kernels_of(implementation)
+    weights = dict(ln_m=ln_m, ln_z=ln_z, w_bias=w_bias, w_v=w_v, w_gate=w_gate, w_out=w_out)
+    return average_rows(m, z, mask, **weights, kernels=kernels_of(implementation))
+
+
+def average_rows(
+    m: Float[Array, "b s rows c_m"],
+    z: Float[Array, "b rows n c_z"],
+    mask: Bool[Array, "b n"] | None,
+    *,
+    ln_m: Affine | None,
+    ln_z: Affine | None,
+    w_bias: Array,
+    w_v: Array,
+    w_gate: Array,
+    w_out: Array,
+    kernels: Kernels,
+    whole: Whole = whole_already,
+) -> Float[Array, "b s rows c_m"]:
+    """`pair_weighted_averaging` for some tokens i; `whole` gets the values of all tokens from those of these."""
     both = jnp.concatenate([w_v, w_gate], axis=1)
     v, gate = jnp.split(norm_project(m, ln_m, both, implementation=kernels.layernorm_linear), 2, axis=-1)
     logits = norm_project(z, ln_z, w_bias, implementation=kernels.layernorm_linear)
     weights = masked_softmax(jnp.moveaxis(logits, -1, 1), None if mask is None else mask[:, None, None, :])
-    out = jnp.einsum("bhij,bsjhd->bsihd", weights.astype(v.dtype), split_heads(v, heads))
+    out = jnp.einsum("bhij,bsjhd->bsihd", weights.astype(v.dtype), split_heads(whole(v, 2), w_bias.shape[1]))
     return project(jax.nn.sigmoid(gate) * out.reshape(gate.shape), w_out)
