@@ -13,7 +13,8 @@ sends as much the other way):
 - outer product mean, pair-weighted averaging: b, or the values, of all tokens, `[S, N]` of few channels.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ from jaxlab.megafold.ops.basic import (
     project,
 )
 from jaxlab.megafold.ops.msa import average_rows, outer_rows
+
+_CHUNKS, _PAIRS = 8, 2048  # at most so many chunks of rows, of no fewer pairs
 
 
 def triangle_attention(
@@ -72,25 +75,45 @@ def triangle_multiplication(
     """
     hidden, fused = w_out.shape[0], {"eps": eps, "implementation": implementation}
     padding = -hidden % jax.lax.axis_size(axis)
+    w_pair = jnp.concatenate([w_proj, w_gate], axis=1)
+
+    def sides(z: Array, mask: Array | None) -> Array:
+        value, gate = jnp.split(norm_project(z, ln_in, w_pair, **fused), 2, axis=-1)
+        pair = jax.nn.sigmoid(gate) * value
+        pair = pair if mask is None else jnp.where(mask[..., None], pair, 0)
+        return jnp.moveaxis(pair.reshape(*pair.shape[:3], 2, hidden), (3, 4), (1, 2))  # [B, 2, F, rows, N]
+
+    def result(z: Array, t: Array) -> Array:
+        out = norm_project(jnp.moveaxis(t, 1, -1), ln_out, w_out, **fused)
+        return jax.nn.sigmoid(norm_project(z, ln_in, w_out_gate, **fused)) * out
 
     @jax.checkpoint
-    def update(z: Array) -> Array:
-        both = norm_project(z, ln_in, jnp.concatenate([w_proj, w_gate], axis=1), **fused)
-        value, gate = jnp.split(both, 2, axis=-1)
-        pair = jax.nn.sigmoid(gate) * value
-        if mask is not None:
-            pair = jnp.where(mask[..., None], pair, 0)
-        sides = jnp.moveaxis(pair.reshape(*pair.shape[:3], 2, hidden), (3, 4), (1, 2))  # [B, 2, F, n, N]
-        sides = jnp.pad(sides, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
-        a, b = jnp.moveaxis(jax.lax.all_to_all(sides, axis, 2, 3, tiled=True), 1, 0)
+    def update(z: Array, mask: Array | None) -> Array:
+        pair = _by_chunks(sides, (z, mask), (1, 1), 3)
+        pair = jnp.pad(pair, ((0, 0), (0, 0), (0, padding), (0, 0), (0, 0)))
+        a, b = jnp.moveaxis(jax.lax.all_to_all(pair, axis, 2, 3, tiled=True), 1, 0)  # [B, F / P, N, N]
         product = "bfik,bfjk->bfij" if direction == "outgoing" else "bfki,bfkj->bfij"
         wide = jnp.promote_types(z.dtype, jnp.float32)
         t = jnp.einsum(product, a, b, preferred_element_type=wide).astype(z.dtype)
         t = jax.lax.all_to_all(t, axis, 2, 1, tiled=True)[:, :hidden]
-        out = norm_project(jnp.moveaxis(t, 1, -1), ln_out, w_out, **fused)
-        return jax.nn.sigmoid(norm_project(z, ln_in, w_out_gate, **fused)) * out
+        return _by_chunks(result, (z, t), (1, 2), 1)
 
-    return update(z)
+    return update(z, mask)
+
+
+def _by_chunks(function: Callable[..., Array], xs: tuple[Any, ...], axes: tuple[int, ...], out_axis: int) -> Array:
+    """`function(*xs)` for some of the rows that lie along `axes` after the others, recomputed in the backward pass."""
+    rows = xs[0].shape[axes[0]]
+    most = max(1, min(_CHUNKS, math.prod(xs[0].shape[:-1]) // _PAIRS))
+    chunks = max(count for count in range(1, most + 1) if rows % count == 0)
+
+    def cut(x: Array, axis: int) -> Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, -1, *x.shape[axis + 1 :]), axis, 0)
+
+    parts = tuple(None if x is None else cut(x, axis) for x, axis in zip(xs, axes))
+    out = jax.lax.map(lambda part: jax.checkpoint(function)(*part), parts)
+    out = jnp.moveaxis(out, 0, out_axis)
+    return out.reshape(*out.shape[:out_axis], rows, *out.shape[out_axis + 2 :])
 
 
 def outer_product_mean(
@@ -135,7 +158,7 @@ def attention_pair_bias(
     """`ops.attention_pair_bias` for all tokens of this device's samples, or for this device's tokens of all of them."""
     kernels, wide = kernels_of(implementation), jnp.promote_types(s.dtype, jnp.float32)
     if s.shape[-2] == z.shape[2]:
-        weights |= dict(ln_s=ln_s, ln_z=ln_z, w_bias=w_bias, w_out=w_out)
+        weights |= {"ln_s": ln_s, "ln_z": ln_z, "w_bias": w_bias, "w_out": w_out}
         return attend_tokens(s, z, mask, **weights, kernels=kernels, whole=_gather(axis, dtype=wide))
     q, k, v, gate = token_projections(s, ln_s, **weights, heads=w_bias.shape[1], kernels=kernels)
     k, v = (_gather(axis)(x, 2) for x in (k, v))

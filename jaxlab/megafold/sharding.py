@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from jaxlab.core.mesh import DEFAULT_RULES, shardings

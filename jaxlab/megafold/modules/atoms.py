@@ -13,7 +13,8 @@ from jaxlab.megafold import ops
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.modules.conditioned import AdaptiveGate, AdaptiveLayerNorm, ConditionedTransition
 from jaxlab.megafold.modules.weights import Weights, repeated
-from jaxlab.megafold.ops.basic import layer_norm, norm_project, project, split_heads
+from jaxlab.megafold.ops.basic import layer_norm, project, split_heads
+from jaxlab.megafold.sharding import WHOLE, spread
 
 N_Q, N_K = 32, 128
 _ELEMENTS, _CHARACTERS = 128, 64
@@ -99,10 +100,10 @@ class AtomEmbedder(Weights):
         p = project(geometry.astype(dtype), self.linear("w_pair", 5, c_pair))
         if s is not None and z is not None:
             token = batch["atom_token"]
-            c_s, c_z = s.shape[-1], z.shape[-1]
-            known = norm_project(s, self.norm("ln_s", c_s), self.linear("w_s", c_s, c_atom), implementation=fused)
+            c_s, c_z, normed = s.shape[-1], z.shape[-1], spread("layernorm_linear")
+            known = normed(s, *self.norm("ln_s", c_s), self.linear("w_s", c_s, c_atom), implementation=fused)
             c += from_tokens(known, token)
-            known = norm_project(z, self.norm("ln_z", c_z), self.linear("w_z", c_z, c_pair), implementation=fused)
+            known = normed(z, *self.norm("ln_z", c_z), self.linear("w_z", c_z, c_pair), implementation=fused)
             rows, columns = windows(token, config)
             p += known[jnp.arange(z.shape[0])[:, None, None, None], rows, columns]
         ends = project(jax.nn.relu(c), self.linear("w_ends", c_atom, 2 * c_pair))
@@ -158,7 +159,8 @@ class AtomBlock(Weights):
         *qkv, gate = jnp.split(project(x, packed, b_q), 4, axis=-1)
         q, k, v = (split_heads(x, heads) for x in qkv)
         w_bias = self.linear("w_bias", c_pair, heads)
-        bias = norm_project(p, self.norm("ln_z", c_pair), w_bias, implementation=kernels.layernorm_linear)
+        normed = spread("layernorm_linear", WHOLE)
+        bias = normed(p, *self.norm("ln_z", c_pair), w_bias, implementation=kernels.layernorm_linear)
         out = ops.local_attention(
             q,
             k,

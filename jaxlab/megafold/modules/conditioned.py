@@ -4,10 +4,10 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from jaxlab.megafold import ops
 from jaxlab.megafold.config import Kernels
 from jaxlab.megafold.modules.weights import Weights
 from jaxlab.megafold.ops.basic import project, swiglu
+from jaxlab.megafold.sharding import spread
 
 
 class AdaptiveLayerNorm(Weights):
@@ -23,7 +23,7 @@ class AdaptiveLayerNorm(Weights):
     def __call__(self, x: Float[Array, "*batch c"], s: Float[Array, "*#batch c_s"]) -> Float[Array, "*batch c"]:
         """The normalised x."""
         c, c_s = x.shape[-1], s.shape[-1]
-        return ops.adaptive_layer_norm(
+        return spread("adaptive_layer_norm")(
             x,
             s,
             scale_s=self.scale("scale_s", c_s),

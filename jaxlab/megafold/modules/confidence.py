@@ -12,7 +12,8 @@ from jaxlab.megafold.modules.distances import BINS, distance_bins
 from jaxlab.megafold.modules.pairformer import PairformerStack
 from jaxlab.megafold.modules.trunk import Trunk
 from jaxlab.megafold.modules.weights import Weights
-from jaxlab.megafold.ops.basic import norm_project, project
+from jaxlab.megafold.ops.basic import project
+from jaxlab.megafold.sharding import spread
 
 _OUTPUTS = {"plddt": 50, "pae": 64, "pde": 64, "resolved": 2}
 _TOKEN_ATOMS = 24  # of the largest standard residue, a nucleotide with its 5' phosphate
@@ -44,7 +45,8 @@ class ConfidenceHead(Weights):
         def logits(name: str, x: Array, outputs: int) -> Array:
             channels = x.shape[-1]
             w, fused = self.zeros(f"w_{name}", channels, outputs), c.kernels.layernorm_linear
-            return norm_project(x, self.norm(f"ln_{name}", channels), w, implementation=fused).astype(jnp.float32)
+            norm = self.norm(f"ln_{name}", channels)
+            return spread("layernorm_linear")(x, *norm, w, implementation=fused).astype(jnp.float32)
 
         out = {name: logits(name, z, _OUTPUTS[name]) for name in ("pae", "pde")}
         out["pde"] += jnp.swapaxes(out["pde"], 1, 2)

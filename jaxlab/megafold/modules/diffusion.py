@@ -16,7 +16,8 @@ from jaxlab.megafold.modules.pair import Transition
 from jaxlab.megafold.modules.pairformer import AttentionPairBias
 from jaxlab.megafold.modules.trunk import Trunk
 from jaxlab.megafold.modules.weights import Weights, mapped, repeated
-from jaxlab.megafold.ops.basic import layer_norm, norm_project, project
+from jaxlab.megafold.ops.basic import layer_norm, project
+from jaxlab.megafold.sharding import spread
 
 _FACTOR = 2  # of the transitions here
 _FREQUENCIES = 256
@@ -65,7 +66,8 @@ class Conditioning(Weights):
         z = pairs(self.config, name="pairs")(batch, trunk.z)
         both = jnp.concatenate([trunk.s, trunk.s_inputs], axis=-1)
         w_s, fused = self.linear("w_s", both.shape[-1], self.config.c_s), self.config.kernels.layernorm_linear
-        return norm_project(both, self.norm("ln_s", both.shape[-1]), w_s, implementation=fused), z
+        norm = self.norm("ln_s", both.shape[-1])
+        return spread("layernorm_linear")(both, *norm, w_s, implementation=fused), z
 
 
 class _PairConditioning(Weights):
@@ -76,7 +78,8 @@ class _PairConditioning(Weights):
         c_z, kernels = self.config.c_z, self.config.kernels
         both = jnp.concatenate([z, RelativePositionEncoding(self.config, name="positions")(batch)], axis=-1)
         w_z = self.linear("w_z", 2 * c_z, c_z)
-        z = norm_project(both, self.norm("ln_z", 2 * c_z), w_z, implementation=kernels.layernorm_linear)
+        norm, fused = self.norm("ln_z", 2 * c_z), kernels.layernorm_linear
+        z = spread("layernorm_linear")(both, *norm, w_z, implementation=fused)
         for name in ("transition_1", "transition_2"):
             z += Transition(_FACTOR, kernels, name=name)(z)
         return z
@@ -116,7 +119,7 @@ class Denoiser(Weights):
         q = atoms.c[:, None] + project((c_in * x).astype(dtype), self.linear("w_position", 3, config.c_atom))
         a, q = AtomEncoder(config, config.c_token, name="encoder")(batch, q, atoms)
         w_s, ln_s = self.linear("w_s", config.c_s, config.c_token), self.norm("ln_s", config.c_s)
-        a += norm_project(condition, ln_s, w_s, implementation=config.kernels.layernorm_linear)
+        a += spread("layernorm_linear")(condition, *ln_s, w_s, implementation=config.kernels.layernorm_linear)
         block = TokenBlock(config, name="blocks")
         a = repeated(block, config.token_blocks, a, condition, z, token_mask, remat=config.remat)
         a = layer_norm(a, self.norm("ln_a", config.c_token))

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from jaxlab.megafold import ops
 from jaxlab.megafold.config import AF3Config, Kernels
 from jaxlab.megafold.features import RESTYPES
 from jaxlab.megafold.modules.pair import PairUpdates, Transition
 from jaxlab.megafold.modules.weights import Weights, drop, repeated
 from jaxlab.megafold.ops.basic import project
+from jaxlab.megafold.sharding import COLUMNS, spread
 
 
 class OuterProductMean(Weights):
@@ -34,7 +34,7 @@ class OuterProductMean(Weights):
     ) -> Float[Array, "b n n c_z"]:
         """The update of z."""
         c_m = m.shape[-1]
-        return ops.outer_product_mean(
+        return spread("outer_product_mean")(
             m,
             mask,
             ln_in=self.norm("ln_in", c_m),
@@ -65,7 +65,7 @@ class PairWeightedAveraging(Weights):
     ) -> Float[Array, "b s n c_m"]:
         """The update of m."""
         c_m, c_z, width = m.shape[-1], z.shape[-1], self.heads * self.head_dim
-        return ops.pair_weighted_averaging(
+        return spread("pair_weighted_averaging")(
             m,
             z,
             mask,
@@ -101,7 +101,7 @@ class MSABlock(nn.Module):
         z += OuterProductMean(c.opm_channels, c.c_z, kernels, name="outer_product_mean")(m, msa_mask)
         averaging = PairWeightedAveraging(c.msa_heads, c.msa_head_dim, kernels, name="averaging")
         m += drop(self, averaging(m, z, mask), c.msa_dropout, 1)
-        m += Transition(c.transition_factor, kernels, name="transition")(m)
+        m += Transition(c.transition_factor, kernels, COLUMNS, name="transition")(m)
         updates = PairUpdates(c.pair_heads, c.pair_head_dim, c.transition_factor, c.pair_dropout, kernels, name="pair")
         return m, updates(z, mask[:, :, None] & mask[:, None, :])
 

@@ -3,11 +3,9 @@
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from jaxlab.megafold import ops
 from jaxlab.megafold.config import Kernels
 from jaxlab.megafold.modules.weights import Weights, drop
-from pallas_kernels.transition import transition
-from pallas_kernels.triangle_multiplication import triangle_multiplication
+from jaxlab.megafold.sharding import Names, spread
 
 
 class TriangleMultiplication(Weights):
@@ -25,7 +23,7 @@ class TriangleMultiplication(Weights):
     def __call__(self, z: Float[Array, "b n n c"], mask: Bool[Array, "b n n"] | None = None) -> Float[Array, "b n n c"]:
         """The update of z."""
         c = z.shape[-1]
-        return triangle_multiplication(
+        return spread("triangle_multiplication")(
             z,
             mask,
             ln_in=self.norm("ln_in", c),
@@ -58,7 +56,7 @@ class TriangleAttention(Weights):
     def __call__(self, z: Float[Array, "b n n c"], mask: Bool[Array, "b n n"] | None = None) -> Float[Array, "b n n c"]:
         """The update of z."""
         c, width = z.shape[-1], self.heads * self.head_dim
-        return ops.triangle_attention(
+        return spread("triangle_attention")(
             z,
             mask,
             ln_in=self.norm("ln_in", c),
@@ -79,10 +77,12 @@ class Transition(Weights):
     Attributes:
       factor: hidden over outer width.
       kernels: implementations.
+      lead: how x lies over a mesh, as `sharding.spread` takes it.
     """
 
     factor: int = 4
     kernels: Kernels = Kernels()
+    lead: Names | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
@@ -90,7 +90,7 @@ class Transition(Weights):
         c, hidden = x.shape[-1], self.factor * x.shape[-1]
         scale, offset = self.scale("scale", c), self.zeros("offset", c)
         w_in, w_out = self.linear("w_in", c, 2 * hidden, relu=True), self.zeros("w_out", hidden, c)
-        return transition(x, scale, offset, w_in, w_out, implementation=self.kernels.transition)
+        return spread("transition", self.lead)(x, scale, offset, w_in, w_out, implementation=self.kernels.transition)
 
 
 class PairUpdates(nn.Module):

@@ -3,11 +3,11 @@
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from jaxlab.megafold import ops
 from jaxlab.megafold.config import AF3Config, Kernels
 from jaxlab.megafold.modules.conditioned import AdaptiveGate, AdaptiveLayerNorm
 from jaxlab.megafold.modules.pair import PairUpdates, Transition
 from jaxlab.megafold.modules.weights import Weights, repeated
+from jaxlab.megafold.sharding import spread
 
 
 class AttentionPairBias(Weights):
@@ -33,7 +33,7 @@ class AttentionPairBias(Weights):
         c, c_z = s.shape[-1], z.shape[-1]
         if condition is not None:
             s = AdaptiveLayerNorm(self.kernels, name="norm")(s, condition)
-        update = ops.attention_pair_bias(
+        update = spread("attention_pair_bias")(
             s,
             z,
             mask,

@@ -12,7 +12,8 @@ from jaxlab.megafold.features import RESTYPES
 from jaxlab.megafold.modules.distances import BINS, distance_bins
 from jaxlab.megafold.modules.pair import PairUpdates
 from jaxlab.megafold.modules.weights import Weights, mapped, repeated
-from jaxlab.megafold.ops.basic import layer_norm, norm_project, project
+from jaxlab.megafold.ops.basic import layer_norm, project
+from jaxlab.megafold.sharding import spread
 
 _FEATURES = ("mask", "restype", "pos", "pos_mask", "frame", "frame_mask")
 
@@ -33,7 +34,8 @@ class TemplateEmbedder(Weights):
         if c.template_blocks == 0:
             return jnp.zeros_like(z)
         w_z = self.linear("w_z", c.c_z, c.c_template)
-        query = norm_project(z, self.norm("ln_z", c.c_z), w_z, implementation=c.kernels.layernorm_linear)
+        norm, fused = self.norm("ln_z", c.c_z), c.kernels.layernorm_linear
+        query = spread("layernorm_linear")(z, *norm, w_z, implementation=fused)
         templates = tuple(batch[f"template_{name}"] for name in _FEATURES)
         shared = query, batch["asym_id"], batch["token_mask"]
         start = jnp.zeros(query.shape, jnp.float32)

@@ -12,7 +12,7 @@ from jaxlab.megafold.modules.msa import MSAModule
 from jaxlab.megafold.modules.pairformer import PairformerStack
 from jaxlab.megafold.modules.templates import TemplateEmbedder
 from jaxlab.megafold.modules.weights import Weights
-from jaxlab.megafold.ops.basic import Affine, norm_project
+from jaxlab.megafold.sharding import spread
 
 
 @struct.dataclass
@@ -52,7 +52,5 @@ class TrunkCycle(Weights):
 
     def _recycled(self, name: str, x: Array) -> Array:
         c = x.shape[-1]
-        affine: Affine = self.norm(f"ln_{name}", c)
-        return norm_project(
-            x, affine, self.zeros(f"w_{name}", c, c), implementation=self.config.kernels.layernorm_linear
-        )
+        norm, w = self.norm(f"ln_{name}", c), self.zeros(f"w_{name}", c, c)
+        return spread("layernorm_linear")(x, *norm, w, implementation=self.config.kernels.layernorm_linear)

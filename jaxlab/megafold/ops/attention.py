@@ -1,7 +1,5 @@
 """Attention with a pair bias: over the edges of triangles, and over tokens."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -73,7 +71,7 @@ def triangle_attention(
     _check_weights(z.shape[-1], z.shape[-1], w_q, w_k, w_v, w_bias, w_gate, w_out)
     if node == "ending":
         z, mask = jnp.swapaxes(z, 1, 2), None if mask is None else jnp.swapaxes(mask, 1, 2)
-    weights = dict(w_q=w_q, w_k=w_k, w_v=w_v, w_bias=w_bias, w_gate=w_gate, w_out=w_out, b_q=b_q)
+    weights = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_bias": w_bias, "w_gate": w_gate, "w_out": w_out, "b_q": b_q}
     out = attend_rows(z, mask, ln_in=ln_in, **weights, kernels=kernels_of(implementation))
     return jnp.swapaxes(out, 1, 2) if node == "ending" else out
 
@@ -155,7 +153,7 @@ def attention_pair_bias(
         raise ValueError(f"z: expected shape [B, N, N, Cz] = {(batch, length, length, 'any')}, got {z.shape}")
     check_mask(mask, "[B, N]", (batch, length))
     _check_weights(channels, z.shape[-1], w_q, w_k, w_v, w_bias, w_gate, w_out)
-    weights = dict(w_q=w_q, w_k=w_k, w_v=w_v, w_bias=w_bias, w_gate=w_gate, w_out=w_out, b_q=b_q)
+    weights = {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_bias": w_bias, "w_gate": w_gate, "w_out": w_out, "b_q": b_q}
     return attend_tokens(s, z, mask, ln_s=ln_s, ln_z=ln_z, **weights, kernels=kernels_of(implementation))
 
 

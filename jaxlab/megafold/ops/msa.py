@@ -67,7 +67,7 @@ def outer_product_mean(
     check_matrices(w_out=(w_out, width * width))
     if row_chunk is not None and row_chunk < 1:
         raise ValueError(f"row_chunk: expected at least 1, or None, got {row_chunk}")
-    weights = dict(ln_in=ln_in, w_a=w_a, w_b=w_b, w_out=w_out, b_out=b_out)
+    weights = {"ln_in": ln_in, "w_a": w_a, "w_b": w_b, "w_out": w_out, "b_out": b_out}
     return outer_rows(m, mask, **weights, kernels=kernels_of(implementation), row_chunk=row_chunk)
 
 
@@ -171,7 +171,7 @@ def pair_weighted_averaging(
         raise ValueError(f"w_v: expected a width divisible by the {heads} heads of w_bias, got shape {w_v.shape}")
     check_matrices(width, w_gate=(w_gate, channels))
     check_matrices(channels, w_out=(w_out, width))
-    weights = dict(ln_m=ln_m, ln_z=ln_z, w_bias=w_bias, w_v=w_v, w_gate=w_gate, w_out=w_out)
+    weights = {"ln_m": ln_m, "ln_z": ln_z, "w_bias": w_bias, "w_v": w_v, "w_gate": w_gate, "w_out": w_out}
     return average_rows(m, z, mask, **weights, kernels=kernels_of(implementation))
 
 
