@@ -9,12 +9,13 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.layers.sharding import constrain
 from jaxlab.megafold import ops
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.modules.conditioned import AdaptiveGate, AdaptiveLayerNorm, ConditionedTransition
 from jaxlab.megafold.modules.weights import Weights, repeated
 from jaxlab.megafold.ops.basic import layer_norm, project, split_heads
-from jaxlab.megafold.sharding import WHOLE, spread
+from jaxlab.megafold.sharding import ROWS, WHOLE, Names, spread
 
 N_Q, N_K = 32, 128
 _ELEMENTS, _CHARACTERS = 128, 64
@@ -111,7 +112,7 @@ class AtomEmbedder(Weights):
         hidden = p
         for name in ("w_mlp_1", "w_mlp_2", "w_mlp_3"):
             hidden = project(jax.nn.relu(hidden), self.linear(name, c_pair, c_pair, relu=True))
-        return AtomConditioning(c, p + hidden)
+        return AtomConditioning(*(constrain(x, WHOLE) for x in (c, p + hidden)))
 
 
 class AtomTransformer(nn.Module):
@@ -146,13 +147,14 @@ class AtomBlock(Weights):
         self, q: Float[Array, "b *t a c_atom"], conditioning: AtomConditioning, mask: Bool[Array, "b a"]
     ) -> Float[Array, "b *t a c_atom"]:
         """The new q."""
-        condition = conditioning.c if q.ndim == 3 else conditioning.c[:, None]
-        q += self._attention(q, condition, conditioning.p, mask)
-        return q + ConditionedTransition(2, self.config.kernels, name="transition")(q, condition)
+        # Samples lie over a mesh, the atoms of one do not: windows reach across.
+        lead, condition = (WHOLE, conditioning.c) if q.ndim == 3 else (ROWS, conditioning.c[:, None])
+        q += self._attention(q, condition, conditioning.p, mask, lead)
+        return q + ConditionedTransition(2, self.config.kernels, lead, name="transition")(q, condition)
 
-    def _attention(self, q: Array, condition: Array, p: Array, mask: Array) -> Array:
+    def _attention(self, q: Array, condition: Array, p: Array, mask: Array, lead: Names) -> Array:
         c, c_pair, heads, kernels = q.shape[-1], p.shape[-1], self.config.atom_heads, self.config.kernels
-        x = AdaptiveLayerNorm(kernels, name="norm")(q, condition)
+        x = AdaptiveLayerNorm(kernels, lead, name="norm")(q, condition)
         names = ("w_q", "w_k", "w_v")
         packed = jnp.concatenate([*(self.linear(name, c, c) for name in names), self.zeros("w_gate", c, c)], axis=1)
         b_q = jnp.pad(self.zeros("b_q", c), (0, 3 * c))

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from jaxlab.megafold.config import Kernels
 from jaxlab.megafold.modules.weights import Weights
 from jaxlab.megafold.ops.basic import project, swiglu
-from jaxlab.megafold.sharding import spread
+from jaxlab.megafold.sharding import Names, spread
 
 
 class AdaptiveLayerNorm(Weights):
@@ -15,15 +15,17 @@ class AdaptiveLayerNorm(Weights):
 
     Attributes:
       kernels: implementations.
+      lead: how x lies over a mesh, as `sharding.spread` takes it.
     """
 
     kernels: Kernels = Kernels()
+    lead: Names | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], s: Float[Array, "*#batch c_s"]) -> Float[Array, "*batch c"]:
         """The normalised x."""
         c, c_s = x.shape[-1], s.shape[-1]
-        return spread("adaptive_layer_norm")(
+        return spread("adaptive_layer_norm", self.lead)(
             x,
             s,
             scale_s=self.scale("scale_s", c_s),
@@ -51,15 +53,17 @@ class ConditionedTransition(Weights):
     Attributes:
       factor: hidden over outer width.
       kernels: implementations.
+      lead: as `AdaptiveLayerNorm`'s.
     """
 
     factor: int = 2
     kernels: Kernels = Kernels()
+    lead: Names | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"], s: Float[Array, "*#batch c_s"]) -> Float[Array, "*batch c"]:
         """The update of x."""
         c, hidden = x.shape[-1], self.factor * x.shape[-1]
         w_in, w_out = self.linear("w_in", c, 2 * hidden, relu=True), self.zeros("w_out", hidden, c)
-        y = swiglu(AdaptiveLayerNorm(self.kernels, name="norm")(x, s), w_in, w_out)
+        y = swiglu(AdaptiveLayerNorm(self.kernels, self.lead, name="norm")(x, s), w_in, w_out)
         return AdaptiveGate(name="gate")(y, s)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxlab.layers.sharding import constrain
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.modules.distances import BINS, distance_bins
 from jaxlab.megafold.modules.pairformer import PairformerStack
 from jaxlab.megafold.modules.trunk import Trunk
 from jaxlab.megafold.modules.weights import Weights
 from jaxlab.megafold.ops.basic import project
-from jaxlab.megafold.sharding import spread
+from jaxlab.megafold.sharding import ROWS, spread
 
 _OUTPUTS = {"plddt": 50, "pae": 64, "pde": 64, "resolved": 2}
 _TOKEN_ATOMS = 24  # of the largest standard residue, a nucleotide with its 5' phosphate
@@ -38,7 +39,7 @@ class ConfidenceHead(Weights):
         centres = jnp.take_along_axis(x_pred, batch["representative_atom"][..., None], axis=1, mode="clip")
         z = trunk.z + project(trunk.s_inputs, self.linear("w_row", c.c_inputs, c.c_z))[:, :, None]
         z += project(trunk.s_inputs, self.linear("w_column", c.c_inputs, c.c_z))[:, None, :]
-        z += project(distance_bins(centres).astype(dtype), self.linear("w_distance", BINS, c.c_z))
+        z += project(constrain(distance_bins(centres).astype(dtype), ROWS), self.linear("w_distance", BINS, c.c_z))
         stack = PairformerStack(c, c.confidence_blocks, name="pairformer")
         s, z = stack(trunk.s, z, batch["token_mask"])
 
@@ -49,7 +50,7 @@ class ConfidenceHead(Weights):
             return spread("layernorm_linear")(x, *norm, w, implementation=fused).astype(jnp.float32)
 
         out = {name: logits(name, z, _OUTPUTS[name]) for name in ("pae", "pde")}
-        out["pde"] += jnp.swapaxes(out["pde"], 1, 2)
+        out["pde"] += constrain(jnp.swapaxes(out["pde"], 1, 2), ROWS)
         place = place_in_token(batch["atom_token"])
         token = batch["atom_token"]
         for name in ("plddt", "resolved"):

@@ -7,6 +7,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from jaxlab.layers.sharding import constrain
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.diffusion import precondition
 from jaxlab.megafold.modules.atoms import AtomConditioning, AtomDecoder, AtomEmbedder, AtomEncoder
@@ -17,7 +18,7 @@ from jaxlab.megafold.modules.pairformer import AttentionPairBias
 from jaxlab.megafold.modules.trunk import Trunk
 from jaxlab.megafold.modules.weights import Weights, mapped, repeated
 from jaxlab.megafold.ops.basic import layer_norm, project
-from jaxlab.megafold.sharding import spread
+from jaxlab.megafold.sharding import ROWS, spread
 
 _FACTOR = 2  # of the transitions here
 _FREQUENCIES = 256
@@ -108,7 +109,7 @@ class Denoiser(Weights):
         config, dtype = self.config, s.dtype
         token_mask, atom_mask = batch["token_mask"], batch["atom_mask"][:, None, :, None]
         c_skip, c_out, c_in, c_noise = (c[..., None, None] for c in precondition(sigma))
-        x = jnp.where(atom_mask, x.astype(jnp.float32), 0)
+        x = constrain(jnp.where(atom_mask, x.astype(jnp.float32), 0), ROWS)
 
         waves = layer_norm(_fourier(c_noise[..., 0]), self.norm("ln_noise", _FREQUENCIES))
         noise = project(waves.astype(dtype), self.linear("w_noise", _FREQUENCIES, config.c_s))

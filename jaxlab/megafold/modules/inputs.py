@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxlab.layers.sharding import constrain
 from jaxlab.megafold import ops
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.features import RESTYPES
 from jaxlab.megafold.modules.atoms import AtomEmbedder, AtomEncoder
 from jaxlab.megafold.modules.weights import Weights
 from jaxlab.megafold.ops.basic import project
+from jaxlab.megafold.sharding import ROWS
 
 
 class RelativePositionEncoding(Weights):
@@ -29,7 +31,7 @@ class RelativePositionEncoding(Weights):
         """Channels of the pairs."""
         names = ("asym_id", "residue_index", "entity_id", "sym_id", "token_index")
         offsets = ops.relative_position(*(batch[name] for name in names)).astype(self.config.dtype)
-        return project(offsets, self.linear("w", offsets.shape[-1], self.config.c_z))
+        return project(constrain(offsets, ROWS), self.linear("w", offsets.shape[-1], self.config.c_z))
 
 
 class InputEmbedder(Weights):
@@ -58,4 +60,4 @@ class InputEmbedder(Weights):
         positions = nn.remat(RelativePositionEncoding) if c.remat else RelativePositionEncoding
         z += positions(c, name="positions")(batch)
         bonds = batch["token_bonds"][..., None].astype(dtype)
-        return s_inputs, s, z + bonds * self.linear("w_bonds", 1, c.c_z)[0].astype(dtype)
+        return s_inputs, s, constrain(z + bonds * self.linear("w_bonds", 1, c.c_z)[0].astype(dtype), ROWS)

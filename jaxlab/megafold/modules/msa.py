@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from jaxlab.layers.sharding import constrain
 from jaxlab.megafold.config import AF3Config, Kernels
 from jaxlab.megafold.features import RESTYPES
 from jaxlab.megafold.modules.pair import PairUpdates, Transition
@@ -126,6 +127,7 @@ class MSAModule(Weights):
         features = jnp.concatenate([jax.nn.one_hot(batch["msa"], kinds), deletion > 0, deletion], axis=-1)
         m = project(features.astype(z.dtype), self.linear("w_msa", kinds + 2, self.config.c_m))
         m += project(s_inputs, self.linear("w_inputs", s_inputs.shape[-1], self.config.c_m))[:, None]
+        m = constrain(m, COLUMNS)
         shared = batch["msa_mask"], batch["token_mask"]
         block = MSABlock(self.config, name="blocks")
         return repeated(block, self.config.msa_blocks, (m, z), *shared, remat=self.config.remat)[1]

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.layers.sharding import constrain
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.features import RESTYPES
 from jaxlab.megafold.modules.distances import BINS, distance_bins
 from jaxlab.megafold.modules.pair import PairUpdates
 from jaxlab.megafold.modules.weights import Weights, mapped, repeated
 from jaxlab.megafold.ops.basic import layer_norm, project
-from jaxlab.megafold.sharding import spread
+from jaxlab.megafold.sharding import ROWS, spread
 
 _FEATURES = ("mask", "restype", "pos", "pos_mask", "frame", "frame_mask")
 
@@ -75,7 +76,7 @@ class _Template(Weights):
             ],
             axis=-1,
         )
-        z = query + project(geometry.astype(query.dtype), self.linear("w_geometry", BINS + 5, c))
+        z = query + project(constrain(geometry.astype(query.dtype), ROWS), self.linear("w_geometry", BINS + 5, c))
         residues = jax.nn.one_hot(restype, kinds, dtype=query.dtype)
         z += project(residues, self.linear("w_row", kinds, c))[:, :, None]
         z += project(residues, self.linear("w_column", kinds, c))[:, None, :]
