@@ -67,9 +67,7 @@ def _problems() -> dict[str, Problem]:
         "outgoing": Problem(triangle_multiplication, pairs, triangle),
         "incoming": Problem(triangle_multiplication, {"z": z}, triangle, {"direction": "incoming"}),
         "outer": Problem(ops.outer_product_mean, alignment, outer, {"row_chunk": 1}),
-        "averaging": Problem(
-            ops.pair_weighted_averaging, {"m": alignment["m"], "z": z, "mask": tokens}, averaging
-        ),
+        "averaging": Problem(ops.pair_weighted_averaging, {"m": alignment["m"], "z": z, "mask": tokens}, averaging),
         "tokens": Problem(ops.attention_pair_bias, {"s": normal(1, n, c, scale=1), "z": z, "mask": tokens}, biased),
         "samples": Problem(ops.attention_pair_bias, {"s": normal(1, 8, n, c, scale=1), "z": z}, biased),
         "few_samples": Problem(
@@ -119,7 +117,9 @@ def check(name: str) -> None:
     """Over 8 devices as on one: values to 1e-5, gradients to 1e-4, of the largest number of each."""
     problem = PROBLEMS[name]
     (got, got_y), (want, want_y) = (
-        jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), program(name, devices)(problem.arrays, problem.weights))
+        jax.tree.map(
+            lambda x: np.asarray(x.addressable_data(0)), program(name, devices)(problem.arrays, problem.weights)
+        )
         for devices in (DEVICES, 1)
     )
     assert_close(got_y, want_y, 1e-5)
