@@ -36,7 +36,7 @@ def laid(x: Any, mesh: Mesh | None, *spec: str | None) -> Any:
 
 
 def compiled(n: int, mesh: Mesh | None) -> tuple[Any, Any]:
-    """(params, z, mask, d) -> (value, gradients of params and z) of the pair stack, float32; and the params as shapes."""
+    """(params, z, mask, d) -> (value, gradients of params and z) of the pair stack in float32; and shapes of params."""
     config = AF3Config.af3()
     updates = PairUpdates(config.pair_heads, config.pair_head_dim, config.transition_factor, 0.0, config.kernels)
     z, mask = jax.ShapeDtypeStruct((1, n, n, config.c_z), jnp.float32), jax.ShapeDtypeStruct((1, n, n), bool)
