@@ -1,5 +1,7 @@
 """Attention with a pair bias: over the edges of triangles, and over tokens."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -97,7 +99,7 @@ def attend_rows(
     parts = norm_project(z, ln_in, packed, _padded(b_q, packed), implementation=kernels.layernorm_linear)
     *qkv, gate, bias = jnp.split(parts, [width, 2 * width, 3 * width, 4 * width], axis=-1)
     q, k, v = (split_heads(x, heads) for x in qkv)
-    out = evo_attention(
+    out: Any = evo_attention(
         *(q, k, v),
         None if mask is None else mask[:, :, None, None, :],
         whole(jnp.moveaxis(bias, -1, 1)[:, None], 3),
@@ -175,10 +177,10 @@ def attend_tokens(
     whole: Whole = whole_already,
 ) -> Float[Array, "b *t n c"]:
     """`attention_pair_bias` for all tokens of some samples; `whole` gets the bias of all rows from that of these."""
-    *qkv, gate = token_projections(s, ln_s, w_q, w_k, w_v, w_gate, b_q, w_bias.shape[1], kernels)
+    q, k, v, gate = token_projections(s, ln_s, w_q, w_k, w_v, w_gate, b_q, w_bias.shape[1], kernels)
     bias = norm_project(z, ln_z, w_bias, implementation=kernels.layernorm_linear)
-    out = evo_attention(
-        *qkv,
+    out: Any = evo_attention(
+        *(q, k, v),
         None if mask is None else mask[:, None, None, None, :],
         whole(jnp.moveaxis(bias, -1, 1)[:, None], 3),
         implementation=kernels.evo_attention,
