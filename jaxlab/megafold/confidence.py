@@ -64,19 +64,19 @@ def confidence_losses(
     Raises:
         ValueError: Logits or positions of another shape.
     """
-    features = {name: jnp.asarray(value) for name, value in features.items()}
+    arrays: dict[str, Array] = {name: jnp.asarray(value) for name, value in features.items()}
     pred = jax.lax.stop_gradient(jnp.asarray(pred, jnp.float32))
-    atoms, tokens = features["atom_mask"].shape, features["token_mask"].shape
+    atoms, tokens = arrays["atom_mask"].shape, arrays["token_mask"].shape
     if pred.shape != (*atoms, 3):
         raise ValueError(f"pred: expected shape {(*atoms, 3)}, got {pred.shape}")
     for name, shape in (("plddt", atoms), ("pae", tokens * 2), ("pde", tokens * 2), ("resolved", (*atoms, 2))):
         if logits[name].shape[: len(shape)] != shape:
             raise ValueError(f"logits[{name!r}]: expected a shape that begins with {shape}, got {logits[name].shape}")
     targets = {
-        "plddt": plddt_targets(pred, features, logits["plddt"].shape[-1]),
-        "pae": pae_targets(pred, features, logits["pae"].shape[-1]),
-        "pde": pde_targets(pred, features, logits["pde"].shape[-1]),
-        "resolved": (features["resolved"].astype(jnp.int32), features["atom_mask"]),
+        "plddt": plddt_targets(pred, arrays, logits["plddt"].shape[-1]),
+        "pae": pae_targets(pred, arrays, logits["pae"].shape[-1]),
+        "pde": pde_targets(pred, arrays, logits["pde"].shape[-1]),
+        "resolved": (arrays["resolved"].astype(jnp.int32), arrays["atom_mask"]),
     }
     return {name: _cross_entropy(logits[name], *target) for name, target in targets.items()}
 

@@ -5,18 +5,17 @@ levels are standard deviations in Å, and everything is float32.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxlab.megafold.geometry import ArrayLike
+
 SIGMA_DATA = 16.0
 _SIGMA_MAX, _SIGMA_MIN, _RHO = 160.0, 4e-4, 7  # in units of sigma_data
 _LOSS_WEIGHTINGS = ("edm", "af3_text")
-
-ArrayLike = Array | np.ndarray | float
 
 
 def noise_schedule(num_steps: int, *, sigma_data: float = SIGMA_DATA) -> Float[Array, " levels"]:
@@ -39,7 +38,7 @@ def sample_training_sigma(key: Array, shape: Sequence[int], *, sigma_data: float
 
 
 def precondition(
-    sigma: Float[ArrayLike, "*shape"], *, sigma_data: float = SIGMA_DATA
+    sigma: Float[ArrayLike | float, "*shape"], *, sigma_data: float = SIGMA_DATA
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
     """(c_skip, c_out, c_in, c_noise) of D(x) = c_skip x + c_out F(c_in x, c_noise), of the shape of sigma > 0."""
     sigma = jnp.asarray(sigma, jnp.float32)
@@ -49,9 +48,9 @@ def precondition(
 
 
 def edm_loss_weight(
-    sigma: Float[ArrayLike, "*shape"],
+    sigma: Float[ArrayLike | float, "*shape"],
     *,
-    loss_weighting: Literal["edm", "af3_text"] = "edm",
+    loss_weighting: str = "edm",
     sigma_data: float = SIGMA_DATA,
 ) -> Float[Array, "*shape"]:
     """Weight of a denoised sample's loss.
@@ -85,12 +84,12 @@ def random_rotation(key: Array, shape: Sequence[int] = ()) -> Float[Array, "*sha
 
 
 def random_augmentation(
-    key: Array, coords: Float[Array, "*batch a 3"], mask: Bool[Array, " a"] | None = None
+    key: Array, coords: Float[ArrayLike, "*batch a 3"], mask: Bool[ArrayLike, " a"] | None = None
 ) -> Float[Array, "*batch a 3"]:
     """Each structure centred, rotated at random and moved by N(0, 1 Å) along each axis; masked atoms become 0."""
     rotation_key, translation_key = jax.random.split(key)
     batch = coords.shape[:-2]
-    weight = jnp.ones(coords.shape[-2]) if mask is None else mask.astype(jnp.float32)
+    weight = jnp.ones(coords.shape[-2]) if mask is None else jnp.asarray(mask, jnp.float32)
     centre = jnp.sum(coords * weight[:, None], axis=-2, keepdims=True) / jnp.maximum(jnp.sum(weight), 1.0)
     turned = jnp.einsum(
         "...ij,...aj->...ai",
@@ -107,7 +106,7 @@ def sample(
     key: Array,
     shape: Sequence[int],
     *,
-    mask: Bool[Array, " a"] | None = None,
+    mask: Bool[ArrayLike, " a"] | None = None,
     num_steps: int = 200,
     gamma_0: float = 0.8,
     gamma_min: float = 1.0,

@@ -14,8 +14,8 @@ _ROWS = 256
 
 def preserved(pred: Float[Array, "*shape"], true: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Share of lDDT's four thresholds, in Å, that the error of a distance stays below."""
-    error = jnp.abs(pred - true)
-    return sum((error < threshold).astype(jnp.float32) for threshold in THRESHOLDS) / len(THRESHOLDS)
+    below = jnp.abs(pred - true)[..., None] < jnp.array(THRESHOLDS)
+    return jnp.mean(below, axis=-1, dtype=jnp.float32)
 
 
 def atom_lddt(
