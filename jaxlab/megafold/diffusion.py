@@ -15,7 +15,7 @@ from jaxlab.megafold.geometry import ArrayLike
 
 SIGMA_DATA = 16.0
 _SIGMA_MAX, _SIGMA_MIN, _RHO = 160.0, 4e-4, 7  # in units of sigma_data
-_LOSS_WEIGHTINGS = ("edm", "af3_text")
+LOSS_WEIGHTINGS = ("edm", "af3_text")
 
 
 def noise_schedule(num_steps: int, *, sigma_data: float = SIGMA_DATA) -> Float[Array, " levels"]:
@@ -64,8 +64,8 @@ def edm_loss_weight(
     Raises:
         ValueError: unknown `loss_weighting`.
     """
-    if loss_weighting not in _LOSS_WEIGHTINGS:
-        raise ValueError(f"loss_weighting: expected one of {_LOSS_WEIGHTINGS}, got {loss_weighting!r}")
+    if loss_weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"loss_weighting: expected one of {LOSS_WEIGHTINGS}, got {loss_weighting!r}")
     sigma = jnp.asarray(sigma, jnp.float32)
     below = sigma * sigma_data if loss_weighting == "edm" else sigma + sigma_data
     return (sigma**2 + sigma_data**2) / below**2
@@ -84,13 +84,22 @@ def random_rotation(key: Array, shape: Sequence[int] = ()) -> Float[Array, "*sha
 
 
 def random_augmentation(
-    key: Array, coords: Float[ArrayLike, "*batch a 3"], mask: Bool[ArrayLike, " a"] | None = None
+    key: Array, coords: Float[ArrayLike, "*batch a 3"], mask: Bool[ArrayLike, "..."] | None = None
 ) -> Float[Array, "*batch a 3"]:
-    """Each structure centred, rotated at random and moved by N(0, 1 Å) along each axis; masked atoms become 0."""
+    """Each structure centred, rotated at random and moved by N(0, 1 Å) along each axis.
+
+    Args:
+        key: of all frames.
+        coords: positions.
+        mask: `[A]`, or any shape that broadcasts to `[*batch, A]`: atoms that are there; the others become 0.
+    """
+    coords = jnp.asarray(coords, jnp.float32)
     rotation_key, translation_key = jax.random.split(key)
     batch = coords.shape[:-2]
-    weight = jnp.ones(coords.shape[-2]) if mask is None else jnp.asarray(mask, jnp.float32)
-    centre = jnp.sum(coords * weight[:, None], axis=-2, keepdims=True) / jnp.maximum(jnp.sum(weight), 1.0)
+    there = jnp.ones((1, 1), bool) if mask is None else jnp.asarray(mask)[..., None]
+    there = jnp.broadcast_to(there, (*batch, *coords.shape[-2:-1], 1))
+    count = jnp.maximum(jnp.sum(there, axis=-2, keepdims=True), 1)
+    centre = jnp.sum(jnp.where(there, coords, 0.0), axis=-2, keepdims=True) / count
     turned = jnp.einsum(
         "...ij,...aj->...ai",
         random_rotation(rotation_key, batch),
@@ -98,7 +107,7 @@ def random_augmentation(
         precision=jax.lax.Precision.HIGHEST,
     )
     moved = turned + jax.random.normal(translation_key, (*batch, 1, 3))
-    return jnp.where(weight[:, None] > 0, moved, 0.0)
+    return jnp.where(there, moved, 0.0)
 
 
 def sample(
@@ -106,7 +115,7 @@ def sample(
     key: Array,
     shape: Sequence[int],
     *,
-    mask: Bool[ArrayLike, " a"] | None = None,
+    mask: Bool[ArrayLike, "..."] | None = None,
     num_steps: int = 200,
     gamma_0: float = 0.8,
     gamma_min: float = 1.0,
@@ -119,8 +128,8 @@ def sample(
     Args:
         denoise: (x of `shape`, sigma, a scalar) -> the clean positions in Å, in the frame of x.
         key: of the first noise and of each step's frame and noise.
-        shape: `[T,A,3]`: samples and atoms.
-        mask: `[A]`, atoms that exist; the others stay at 0.
+        shape: `[T,A,3]`: samples and atoms; more axes may stand before them.
+        mask: `[A]`, or any shape that broadcasts to `[T,A]`: atoms that exist; the others stay at 0.
         num_steps: calls of `denoise`.
         gamma_0: noise added before a step, relative to its level; no noise at target levels up to `gamma_min`.
         gamma_min: see `gamma_0`, Å.
@@ -132,20 +141,21 @@ def sample(
         Positions of `shape`, f32, in random frames.
 
     Raises:
-        ValueError: num_steps < 1, a shape that does not end in [A, 3], or a mask of another length.
+        ValueError: num_steps < 1, a shape that does not end in [A, 3], or a mask that does not fit it.
     """
     shape = tuple(shape)
     if len(shape) < 2 or shape[-1] != 3:
         raise ValueError(f"shape: expected [T, A, 3], got {shape}")
-    if mask is not None and mask.shape != shape[-2:-1]:
-        raise ValueError(f"mask: expected shape {shape[-2:-1]}, got {mask.shape}")
+    mask = jnp.ones(shape[-2], bool) if mask is None else jnp.asarray(mask)
+    if mask.ndim >= len(shape) or any(own not in (1, size) for own, size in zip(mask.shape[::-1], shape[-2::-1])):
+        raise ValueError(f"mask: expected a shape that broadcasts to {shape[:-1]}, got {mask.shape}")
     levels = noise_schedule(num_steps, sigma_data=sigma_data)
-    keep = jnp.ones((shape[-2], 1), bool) if mask is None else jnp.asarray(mask)[:, None]
+    keep = mask[..., None]
 
     def step(x, inputs):
         index, level, target = inputs
         frame_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
-        x = random_augmentation(frame_key, x, keep[:, 0])
+        x = random_augmentation(frame_key, x, mask)
         gamma = jnp.where(target > gamma_min, gamma_0, 0.0)
         raised = level * (1 + gamma)
         added = noise_scale * level * jnp.sqrt(gamma * (gamma + 2))  # sqrt(raised^2 - level^2), never of less than 0

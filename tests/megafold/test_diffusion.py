@@ -126,7 +126,7 @@ def test_bad_inputs():
     identity = lambda x, sigma: x  # noqa: E731
     with pytest.raises(ValueError, match=r"shape: expected \[T, A, 3\], got \(3, 4\)"):
         diffusion.sample(identity, KEY, (3, 4))
-    with pytest.raises(ValueError, match=r"mask: expected shape \(4,\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \(2, 4\), got \(5,\)"):
         diffusion.sample(identity, KEY, (2, 4, 3), mask=np.ones(5, bool))
     with pytest.raises(ValueError, match="num_steps"):
         diffusion.sample(identity, KEY, (2, 4, 3), num_steps=0)
