@@ -17,7 +17,7 @@ from jaxlab.megafold.diffusion import (
     sample,
     sample_training_sigma,
 )
-from jaxlab.megafold.geometry import masked_mean
+from jaxlab.megafold.geometry import ArrayLike, masked_mean
 from jaxlab.megafold.modules import AlphaFold3
 
 
@@ -54,13 +54,13 @@ class LossSettings:
 
 
 def objective(
-    params: PyTree, batch: Mapping[str, Array], key: Array, *, config: AF3Config, settings: LossSettings
+    params: PyTree, batch: Mapping[str, ArrayLike], key: Array, *, config: AF3Config, settings: LossSettings
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of a batch, mean over its structures with a resolved atom, and its parts without their weights.
 
     Each structure is seen in `config.diffusion_samples` random frames, each with a noise level of its own. An atom that
-    is not resolved stands at the centre before the noise. The confidence head judges a mini-rollout, through which no
-    gradient passes.
+    is not resolved stands at the centre before the noise. The confidence head judges a mini-rollout; no
+    gradient passes from it to what it reads.
 
     Args:
       params: of `AlphaFold3(config)`.
@@ -73,6 +73,7 @@ def objective(
       The loss, and `mse`, `smooth_lddt`, `bond`, `distogram`, `plddt`, `pae`, `pde`, `resolved` (f32).
     """
     model = AlphaFold3(config)
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
     atom_mask = batch["atom_mask"]
     shape = (atom_mask.shape[0], config.diffusion_samples)
 
@@ -105,7 +106,7 @@ def objective(
         rolled = sample(denoise, draw("rollout"), rollout, mask=atom_mask[:, None], num_steps=settings.rollout_steps)
         outputs["rolled"] = rolled[:, 0]
         outputs["confidence"] = model.apply(
-            variables, batch, trunk, rolled[:, 0], rngs={"dropout": draw("confidence")}, method="confidence"
+            variables, batch, frozen_trunk, rolled[:, 0], rngs={"dropout": draw("confidence")}, method="confidence"
         )
 
     weight = edm_loss_weight(sigma, loss_weighting=settings.loss_weighting)

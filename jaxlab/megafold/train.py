@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxlab.core import named_key
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.features import FEATURES
+from jaxlab.megafold.geometry import ArrayLike
 from jaxlab.megafold.modules import AlphaFold3
 from jaxlab.megafold.objective import LossSettings, objective
 
@@ -89,7 +90,7 @@ def optimizer(settings: TrainSettings) -> optax.GradientTransformation:
 
 
 def create_train_state(
-    config: AF3Config, key: Array, batch: Mapping[str, Array], *, settings: TrainSettings | None = None
+    config: AF3Config, key: Array, batch: Mapping[str, ArrayLike], *, settings: TrainSettings | None = None
 ) -> TrainState:
     """The state before the first update. Shapes alone of the batch matter.
 
@@ -112,7 +113,7 @@ def create_train_state(
 
 
 def train_step(
-    state: TrainState, batch: Mapping[str, Array], key: Array
+    state: TrainState, batch: Mapping[str, ArrayLike], key: Array
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update; compiled at the first call for a configuration and sizes.
 
@@ -136,7 +137,7 @@ def train_step(
 
 
 @jax.jit
-def _train_step(state: TrainState, batch: dict[str, Array], key: Array) -> tuple[TrainState, dict[str, Array]]:
+def _train_step(state: TrainState, batch: dict[str, ArrayLike], key: Array) -> tuple[TrainState, dict[str, Array]]:
     settings = state.settings
 
     def loss(params: PyTree):
@@ -154,7 +155,7 @@ def _train_step(state: TrainState, batch: dict[str, Array], key: Array) -> tuple
     return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), metrics
 
 
-def check_batch(batch: Mapping[str, Array]) -> None:
+def check_batch(batch: Mapping[str, ArrayLike]) -> None:
     """Holds a batch to `FEATURES`: all there, with a leading axis, of sizes that agree.
 
     Raises:
