@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,16 +74,16 @@ def objective(
       The loss, and `mse`, `smooth_lddt`, `bond`, `distogram`, `plddt`, `pae`, `pde`, `resolved` (f32).
     """
     model = AlphaFold3(config)
-    batch = {name: jnp.asarray(value) for name, value in batch.items()}
-    atom_mask = batch["atom_mask"]
+    features = {name: jnp.asarray(value) for name, value in batch.items()}
+    atom_mask = features["atom_mask"]
     shape = (atom_mask.shape[0], config.diffusion_samples)
 
     def draw(purpose: str) -> Array:
         return named_key(key, purpose)
 
     sigma = sample_training_sigma(draw("sigma"), shape)
-    resolved = batch["resolved"] & atom_mask
-    truth = jnp.broadcast_to(batch["coords"][:, None], (*shape, *batch["coords"].shape[1:]))
+    resolved = features["resolved"] & atom_mask
+    truth = jnp.broadcast_to(features["coords"][:, None], (*shape, *features["coords"].shape[1:]))
     truth = random_augmentation(draw("frames"), truth, resolved[:, None])
     noisy = truth + sigma[..., None, None] * jax.random.normal(draw("noise"), truth.shape)
     noisy = jnp.where(atom_mask[:, None, :, None], noisy, 0.0)
@@ -90,27 +91,27 @@ def objective(
     recycles = 1 if config.recycles == 1 else jax.random.randint(draw("recycles"), (), 1, config.recycles + 1)
     variables = {"params": params}
     dropout = {"dropout": draw("dropout")}
-    trunk = model.apply(variables, batch, recycles=recycles, rngs=dropout, method="trunk")
+    trunk = model.apply(variables, features, recycles=recycles, rngs=dropout, method="trunk")
     outputs = {
-        "denoised": model.apply(variables, batch, trunk, noisy, sigma, method="denoise"),
+        "denoised": model.apply(variables, features, trunk, noisy, sigma, method="denoise"),
         "distogram": model.apply(variables, trunk, method="distogram"),
     }
     if settings.confidence > 0:
         frozen_variables, frozen_trunk = jax.lax.stop_gradient((variables, trunk))
 
-        def denoise(x, level):
+        def denoise(x: Array, level: Array) -> Any:
             levels = jnp.full(x.shape[:2], level)
-            return model.apply(frozen_variables, batch, frozen_trunk, x, levels, method="denoise")
+            return model.apply(frozen_variables, features, frozen_trunk, x, levels, method="denoise")
 
-        rollout = (shape[0], 1, *batch["coords"].shape[1:])
+        rollout = (shape[0], 1, *features["coords"].shape[1:])
         rolled = sample(denoise, draw("rollout"), rollout, mask=atom_mask[:, None], num_steps=settings.rollout_steps)
         outputs["rolled"] = rolled[:, 0]
         outputs["confidence"] = model.apply(
-            variables, batch, frozen_trunk, rolled[:, 0], rngs={"dropout": draw("confidence")}, method="confidence"
+            variables, features, frozen_trunk, rolled[:, 0], rngs={"dropout": draw("confidence")}, method="confidence"
         )
 
     weight = edm_loss_weight(sigma, loss_weighting=settings.loss_weighting)
-    parts = jax.vmap(structure_losses)(batch, outputs, weight)
+    parts = jax.vmap(structure_losses)(features, outputs, weight)
     there = jnp.any(resolved, axis=1)
     parts = {name: masked_mean(value, there) for name, value in parts.items()}
     return total_loss(parts, settings), parts

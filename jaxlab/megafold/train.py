@@ -14,7 +14,7 @@ from jaxlab.core import named_key
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.features import FEATURES
 from jaxlab.megafold.geometry import ArrayLike
-from jaxlab.megafold.modules import AlphaFold3
+from jaxlab.megafold.modules import initial_params
 from jaxlab.megafold.objective import LossSettings, objective
 
 
@@ -77,7 +77,7 @@ class TrainState:
     settings: TrainSettings = struct.field(pytree_node=False)
 
 
-def learning_rate(settings: TrainSettings, step: Array | int) -> Float[Array, ""]:
+def learning_rate(settings: TrainSettings, step: Any) -> Float[Array, ""]:
     """Of the update that follows `step` others."""
     warmup = jnp.minimum((jnp.asarray(step) + 1) / max(settings.warmup_steps, 1), 1.0)
     return settings.learning_rate * warmup * settings.decay ** (jnp.asarray(step) // settings.decay_every)
@@ -92,16 +92,14 @@ def optimizer(settings: TrainSettings) -> optax.GradientTransformation:
 def create_train_state(
     config: AF3Config, key: Array, batch: Mapping[str, ArrayLike], *, settings: TrainSettings | None = None
 ) -> TrainState:
-    """The state before the first update. Shapes alone of the batch matter.
+    """The state before the first update. The batch is checked, and decides nothing.
 
     Raises:
       ValueError: A feature is missing, or its shape does not fit the others.
     """
     check_batch(batch)
     settings = TrainSettings() if settings is None else settings
-    size, atoms = batch["atom_mask"].shape
-    x, sigma = jnp.zeros((size, 1, atoms, 3)), jnp.ones((size, 1))
-    params = jax.jit(AlphaFold3(config).init)(named_key(key, "params"), dict(batch), x, sigma)["params"]
+    params = initial_params(config, named_key(key, "params"))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -152,7 +150,8 @@ def _train_step(state: TrainState, batch: dict[str, ArrayLike], key: Array) -> t
         "lr": learning_rate(settings, state.step),
     }
     ema_params = optax.incremental_update(params, state.ema_params, 1 - settings.ema_decay)
-    return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), metrics
+    new = dataclasses.replace(state, step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state)
+    return new, metrics
 
 
 def check_batch(batch: Mapping[str, ArrayLike]) -> None:

@@ -12,11 +12,12 @@ from jaxlab.megafold import objective, train
 from jaxlab.megafold.config import AF3Config, Kernels
 from jaxlab.megafold.data import synthetic_batch
 from jaxlab.megafold.diffusion import precondition
+from jaxlab.megafold.features import abstract_batch
 from jaxlab.megafold.objective import LossSettings
 from jaxlab.megafold.train import TrainSettings, create_train_state, train_step
 
 KEY = jax.random.key(0)
-SIZES = {"max_tokens": 16, "max_atoms": 96, "max_msa_rows": 8, "diffusion_samples": 3}
+SIZES = {"max_tokens": 32, "max_atoms": 160, "max_msa_rows": 8, "diffusion_samples": 3}
 CONFIG = dataclasses.replace(AF3Config.tiny(), **SIZES, recycles=3)
 FAST = TrainSettings(learning_rate=0.01, warmup_steps=4, loss=LossSettings(bond=1.0, pae=1.0, rollout_steps=3))
 PARTS = {"mse", "smooth_lddt", "bond", "distogram", "plddt", "pae", "pde", "resolved"}
@@ -59,8 +60,13 @@ class Stub(nn.Module):
 @pytest.fixture
 def stub(monkeypatch):
     """Puts the stub in the network's place; programs compiled with it are forgotten afterwards."""
-    for module in (objective, train):
-        monkeypatch.setattr(module, "AlphaFold3", Stub)
+
+    def initial_params(config, key):
+        empty = {name: np.zeros(like.shape, like.dtype) for name, like in abstract_batch(config).items()}
+        return Stub(config).init(key, empty, jnp.zeros((1, 1, config.max_atoms, 3)), jnp.ones((1, 1)))["params"]
+
+    monkeypatch.setattr(objective, "AlphaFold3", Stub)
+    monkeypatch.setattr(train, "initial_params", initial_params)
     yield
     train._train_step.clear_cache()
 
@@ -176,31 +182,29 @@ def test_confidence_trains_its_heads_alone(batch):
 
 
 def test_the_network_learns(batch):
-    """The real one, its plain form compiled quickly: every part of the loss falls, and every weight has a gradient."""
+    """The real one, plain and quickly compiled: the loss falls, all weights but the recycling's have gradients."""
     config = dataclasses.replace(
-        CONFIG, c_s=32, c_z=16, c_m=8, c_token=32, pairformer_blocks=1, template_blocks=0, token_blocks=1, recycles=1,
-        remat=False, kernels=Kernels(*["reference"] * 4),
+        CONFIG, c_s=32, c_z=16, c_m=8, c_token=32, pairformer_blocks=1, msa_blocks=0, template_blocks=0, token_blocks=1,
+        recycles=1, remat=False, kernels=Kernels(*["reference"] * 4),
     )  # fmt: skip
     settings = TrainSettings(
         learning_rate=3e-3, warmup_steps=1, loss=LossSettings(confidence=0.1, pae=1.0, rollout_steps=2)
     )
-    quick = {"xla_backend_optimization_level": 0}
-    create = jax.jit(functools.partial(create_train_state, config, settings=settings), compiler_options=quick)
-    step = jax.jit(train_step, compiler_options=quick, donate_argnums=0)
-    state, first = step(create(KEY, batch), batch, KEY)
-    for _ in range(25):
+    step = jax.jit(train_step, compiler_options={"xla_backend_optimization_level": 0}, donate_argnums=0)
+    state, first = step(create_train_state(config, KEY, batch, settings=settings), batch, KEY)
+    for _ in range(10):
         state, last = step(state, batch, KEY)
     assert set(last) == PARTS | {"loss", "grad_norm", "lr"}
-    assert last["loss"] < 0.8 * first["loss"]
+    assert last["loss"] < 0.9 * first["loss"]
     for name in ("mse", "distogram", "plddt", "resolved"):
         assert last[name] < first[name], name
     moments = state.opt_state[1][0].nu
-    still = [
-        jax.tree_util.keystr(path)
+    still = {
+        jax.tree_util.keystr(path[:2])
         for path, leaf in jax.tree_util.tree_flatten_with_path(moments)[0]
         if not np.asarray(leaf).any()
-    ]
-    assert not still
+    }
+    assert still == {f"['trunk_cycle']['{name}']" for name in ("ln_s", "ln_z", "w_s", "w_z")}
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -208,9 +212,9 @@ def test_bad_inputs(batch):
     with pytest.raises(ValueError, match=r"batch: expected all features, got none named 'coords' \(1 are missing\)"):
         create_train_state(CONFIG, KEY, {name: value for name, value in batch.items() if name != "coords"})
     short = batch | {"resolved": batch["resolved"][:, :-1]}
-    with pytest.raises(ValueError, match=r"batch\['resolved'\]: expected shape \[1, 96\], got \[1, 95\]"):
+    with pytest.raises(ValueError, match=r"batch\['resolved'\]: expected shape \[1, 160\], got \[1, 159\]"):
         create_train_state(CONFIG, KEY, short)
-    with pytest.raises(ValueError, match=r"batch\['token_mask'\]: expected shape .*, got \[16\]"):
+    with pytest.raises(ValueError, match=r"batch\['token_mask'\]: expected shape .*, got \[32\]"):
         create_train_state(CONFIG, KEY, {name: value[0] for name, value in batch.items()})
     for settings in ({"learning_rate": -1.0}, {"clip_norm": 0.0}, {"b1": 1.0}, {"decay_every": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected a value"):
