@@ -19,7 +19,11 @@ from jaxlab.megafold.train import TrainSettings, create_train_state, train_step
 KEY = jax.random.key(0)
 SIZES = {"max_tokens": 32, "max_atoms": 160, "max_msa_rows": 8, "diffusion_samples": 3}
 CONFIG = dataclasses.replace(AF3Config.tiny(), **SIZES, recycles=3)
-FAST = TrainSettings(learning_rate=0.01, warmup_steps=4, loss=LossSettings(bond=1.0, pae=1.0, rollout_steps=3))
+FAST = TrainSettings(
+    learning_rate=0.01, warmup_steps=4, clip_norm=0.1, ema_decay=0.9,
+    loss=LossSettings(bond=1.0, pae=1.0, rollout_steps=3),
+)  # fmt: skip
+QUICK = {"xla_backend_optimization_level": 0}
 PARTS = {"mse", "smooth_lddt", "bond", "distogram", "plddt", "pae", "pde", "resolved"}
 
 
@@ -57,18 +61,24 @@ class Stub(nn.Module):
         return {name: head(pair if name in ("pae", "pde") else atom) for name, head in self.heads.items()}
 
 
+@pytest.fixture(scope="module")
+def forgotten():
+    """Programs compiled with the stub are not for others."""
+    yield
+    train._train_step.clear_cache()
+
+
 @pytest.fixture
-def stub(monkeypatch):
-    """Puts the stub in the network's place; programs compiled with it are forgotten afterwards."""
+def stub(monkeypatch, forgotten):
+    """Puts the stub in the network's place."""
 
     def initial_params(config, key):
         empty = {name: np.zeros(like.shape, like.dtype) for name, like in abstract_batch(config).items()}
-        return Stub(config).init(key, empty, jnp.zeros((1, 1, config.max_atoms, 3)), jnp.ones((1, 1)))["params"]
+        x, sigma = jnp.zeros((1, 1, config.max_atoms, 3)), jnp.ones((1, 1))
+        return jax.jit(Stub(config).init, compiler_options=QUICK)(key, empty, x, sigma)["params"]
 
     monkeypatch.setattr(objective, "AlphaFold3", Stub)
     monkeypatch.setattr(train, "initial_params", initial_params)
-    yield
-    train._train_step.clear_cache()
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +125,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(batch, tmp_path):
 
 @pytest.mark.usefixtures("stub")
 def test_an_update_is_adam_behind_a_clip_and_an_average(batch):
-    settings = dataclasses.replace(FAST, clip_norm=0.1, ema_decay=0.9)
-    state = create_train_state(CONFIG, KEY, batch, settings=settings)
+    state = create_train_state(CONFIG, KEY, batch, settings=FAST)
     gradient = jax.jit(
         jax.grad(functools.partial(objective.objective, config=CONFIG, settings=FAST.loss), has_aux=True)
     )
@@ -151,7 +160,7 @@ def test_the_loss_is_the_weighted_sum_and_padding_is_none_of_it(batch):
     """A second structure without a resolved atom changes nothing; the parts add up as the weights say."""
     params = create_train_state(CONFIG, KEY, batch).params
     settings = LossSettings(diffusion=3, bond=0.5, distogram=0.1, confidence=0.2, pae=0.7, rollout_steps=2)
-    run = jax.jit(loss_of(settings))
+    run = jax.jit(loss_of(settings), compiler_options=QUICK)
     total, parts = run(params, batch, KEY)
     assert set(parts) == PARTS
     diffusion = parts["mse"] + 0.5 * parts["bond"] + parts["smooth_lddt"]
@@ -190,7 +199,7 @@ def test_the_network_learns(batch):
     settings = TrainSettings(
         learning_rate=3e-3, warmup_steps=1, loss=LossSettings(confidence=0.1, pae=1.0, rollout_steps=2)
     )
-    step = jax.jit(train_step, compiler_options={"xla_backend_optimization_level": 0}, donate_argnums=0)
+    step = jax.jit(train_step, compiler_options=QUICK, donate_argnums=0)
     state, first = step(create_train_state(config, KEY, batch, settings=settings), batch, KEY)
     for _ in range(10):
         state, last = step(state, batch, KEY)
