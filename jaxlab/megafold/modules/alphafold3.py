@@ -159,5 +159,7 @@ def initial_params(config: AF3Config, key: Array) -> dict[str, Any]:
     def make(key: Array) -> Any:
         return AlphaFold3(config).lazy_init(key, abstract_batch(config), samples, levels)["params"]
 
+    if isinstance(key, jax.core.Tracer):
+        return make(key)
     # Run once: what the compiler would spend on making it fast, twice the time, is lost.
     return jax.jit(make, compiler_options={"xla_backend_optimization_level": 0})(key)
