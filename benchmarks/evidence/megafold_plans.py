@@ -63,9 +63,8 @@ def _atoms(crop: int) -> int:
 @functools.cache
 def _bytes(crop: int, way: str, devices: int) -> dict[str, int]:
     """Of one device; H100 and H200 run the same program."""
-    from jaxlab.megafold.compiled import compile_step
-
     from jaxlab.core import plan
+    from jaxlab.megafold.compiled import compile_step
     from jaxlab.megafold.config import AF3Config, Kernels
 
     off = FUSED if way == "none" else tuple(name for name in FUSED if way == f"without {name}")
