@@ -40,6 +40,11 @@ SYSTEMS: dict[str, System] = {
         "Adam on the host while the GPU still works, exact under speculation.",
         "configs/superoffload/laptop.yaml",
     ),
+    "megafold": System(
+        "jaxlab.megafold",
+        "Training of AlphaFold3 with fused kernels and cached features.",
+        "configs/megafold/laptop.yaml",
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 

@@ -30,6 +30,7 @@ RECIPES: dict[str, str] = {
     "xmoe": "jaxlab.xmoe.recipe:configs/xmoe/laptop.yaml",
     "puzzlemoe": "jaxlab.puzzlemoe.recipe:configs/puzzlemoe/laptop.yaml",
     "superoffload": "jaxlab.superoffload.recipe:configs/superoffload/laptop.yaml",
+    "megafold": "jaxlab.megafold.recipe:configs/megafold/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 
