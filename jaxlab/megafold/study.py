@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
@@ -139,15 +140,9 @@ class Study:
                 logger=logger,
             )
 
-    @functools.cached_property
-    def step(self) -> Callable[[TrainState, Features], tuple[TrainState, dict[str, Any]]]:
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         """A training step, whose key follows from the state's step; it consumes the state."""
-        key = _key(self.config, "steps")
-
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-            return train_step(state, batch, jax.random.fold_in(key, state.step))
-
-        return jax.jit(step, donate_argnums=0)
+        return _step(state, batch, _key(self.config, "steps"))
 
     def sampled(self, params: PyTree) -> list[Outcome]:
         """Samples every structure's crop and holds the samples to the truth."""
@@ -214,7 +209,7 @@ def rates(feed: Callable[..., Feed], step: Callable[[Features], None], steps: in
 def initial_state(config: StudyConfig) -> TrainState:
     """The state before the first step."""
     network = config.network.config
-    zeros: Any = {name: np.zeros(like.shape, like.dtype) for name, like in abstract_batch(network).items()}
+    zeros = {name: jnp.zeros(like.shape, like.dtype) for name, like in abstract_batch(network).items()}
     return create_train_state(network, _key(config, "state"), zeros, settings=config.training)
 
 
@@ -244,6 +239,11 @@ def opened(config: StudyConfig) -> Iterator[Study]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Study(config, folder)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+    return train_step(state, batch, jax.random.fold_in(key, state.step))
 
 
 def _key(config: StudyConfig, purpose: str) -> Array:

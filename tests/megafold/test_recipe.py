@@ -1,0 +1,152 @@
+"""The recipe at toy size: what it tells, going on after a kill, feeds that steps decide, and the first of the evidence."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlab import core, tour
+from jaxlab.core import plan as planning
+from jaxlab.megafold import recipe
+from jaxlab.megafold.data import FeatureCache
+from jaxlab.megafold.feed import Example, Feed, MadeUp
+from jaxlab.megafold.network import Network
+from jaxlab.megafold.study import Study, StudyConfig, load_weights
+from tests.megafold import toys
+from tests.megafold.data_files import af3, assert_same
+
+
+@pytest.fixture
+def config(tmp_path):
+    af3("ccd")
+    af3("mmcif/721p-assembly1.cif")
+    return toys.config(tmp_path / "config")
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.latest
+def test_tells_how_near_samples_come(config, tmp_path):
+    config = dataclasses.replace(config, folder=str(tmp_path / "work"), stall_steps=1)
+    report = recipe.run(config)
+    told = report.metrics
+    assert told["steps"] == 4
+    assert 0 <= told["lddt"] <= 1
+    assert told["rmsd_before"] > 5
+    assert {"iterations_per_s, cold", "iterations_per_s, cache, read ahead"} < told.keys()
+    assert not report.synthetic
+    assert report.tables[0][2][0][:2] == ("721p-assembly1", 12)
+    report.save(tmp_path / "report")
+    assert len(list((tmp_path / "report").glob("plot_*.png"))) == 5
+    folder = tmp_path / "work" / "predictions" / "721p-assembly1"
+    assert len(list(folder.glob("*.cif"))) == 3
+    assert len(core.jsonl.read(tmp_path / "work" / "metrics.jsonl")) == 4
+
+
+def test_goes_on_after_a_kill_to_the_same_numbers(config, tmp_path):
+    whole = Study(config, tmp_path / "whole").train()
+    begun = dataclasses.replace(config, steps=2)
+    Study(begun, tmp_path / "parts").train()
+    resumed = Study(config, tmp_path / "parts").train()
+    equal(whole, resumed)
+    losses = [[row["loss"] for row in core.jsonl.read(tmp_path / x / "metrics.jsonl")] for x in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    network, params = load_weights(tmp_path / "parts")
+    assert network == config.network.config
+    equal(params, whole.ema_params)
+    with pytest.raises(ValueError, match=r"seed: .* was trained with 0, got 1"):
+        Study(dataclasses.replace(config, seed=1), tmp_path / "parts").train()
+
+
+@pytest.mark.parametrize(("folder", "error"), [("nothing", FileNotFoundError), ("begun", FileNotFoundError)])
+def test_weights_that_are_not_there(config, tmp_path, folder, error):
+    (tmp_path / "begun").mkdir()
+    core.save_config(config, tmp_path / "begun" / "config.yaml")
+    with pytest.raises(error, match=folder):
+        load_weights(tmp_path / folder)
+
+
+def test_without_data_it_makes_its_own(config, tmp_path, monkeypatch):
+    def absent(self):
+        raise core.DataUnavailable("nowhere")
+
+    monkeypatch.setattr(Example, "files", absent)
+    report = recipe.run(dataclasses.replace(config, steps=1))
+    assert report.synthetic
+    assert report.notes[0].startswith("Made-up")
+    made = MadeUp(config.network.config)
+    features = made.features(None)
+    assert features["atom_token"].max() + 1 == len(features["restype"])
+    assert features["msa"].shape[1] == len(features["restype"])
+
+
+def test_steps_decide_batches(config, tmp_path):
+    examples = (*config.structures, Example("af3/mmcif/721p-assembly1.cif"))
+    network, key = config.network.config, jax.random.key(1)
+    cache = FeatureCache(tmp_path)
+    with Feed(examples, network, key, batch_size=2, cache=cache) as ahead:
+        first = list(itertools.islice(ahead, 3))
+        position = ahead.state()
+        fourth = next(ahead)
+        ahead.restore(position)
+        assert_same(next(ahead), fourth)
+    assert position == {"step": 3}
+    cold = Feed(examples, network, key, batch_size=2, ahead=0)
+    for step, batch in enumerate(first):
+        assert_same(cold.batch(step), batch)
+    assert not np.array_equal(first[0]["coords"][1], first[1]["coords"][1])  # another crop
+    assert np.array_equal(first[0]["coords"][0], first[1]["coords"][0])
+    assert first[0]["token_mask"].sum(axis=1).tolist() == [12, 16]
+    with pytest.raises(ValueError, match="expected at most 398"):
+        Example("af3/mmcif/721p-assembly1.cif", tokens=((390, 400),)).cropped(
+            Example("af3/mmcif/721p-assembly1.cif").features(cache), network, key
+        )
+    with pytest.raises(ValueError, match="at least one structure"):
+        Feed((), network, key)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_configs(config):
+    for change, message in (
+        ({"structures": ()}, "structures"),
+        ({"steps": 0}, "steps"),
+        ({"samples": 0}, "samples"),
+        ({"stall_steps": -1}, "stall_steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, **change)
+    with pytest.raises(ValueError, match="ranges"):
+        Example("x.cif", tokens=((3, 3),))
+    with pytest.raises(FileNotFoundError, match=r"absent\.cif does not exist"):
+        Study(dataclasses.replace(config, structures=(Example("absent.cif"),)), "unused")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_networks_by_name():
+    assert Network("small", {"pairformer_blocks": 3}).config.pairformer_blocks == 3
+    assert Network("tiny", {"kernels": {"transition": "xla"}}).config.kernels.transition == "xla"
+    with pytest.raises(ValueError, match="c_z"):
+        Network("tiny", {"c_y": 3})
+    with pytest.raises(TypeError, match="c_z"):
+        Network("tiny", {"c_z": "wide"})
+
+
+def test_the_papers_config_is_planned():
+    config = core.load_config(recipe.PlanConfig, core.find_config("configs/megafold/paper.yaml"))
+    assert config.network.config.pairformer_blocks == 48
+    small = {**toys.CHANGES, "token_blocks": 0, "atom_blocks": 0}
+    devices = planning.target("cpu", "1x1x2")
+    made = recipe.plan(recipe.PlanConfig(network=Network("tiny", small), batch_size=2), devices)
+    assert made.bytes["optimizer"] == pytest.approx(3 * made.bytes["parameters"], rel=0.01)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of 2"):
+        recipe.plan(recipe.PlanConfig(network=Network("tiny", small)), devices)
+
+
+def test_the_laptops_config_is_the_tours():
+    assert tour.RECIPES["megafold"] == "jaxlab.megafold.recipe:configs/megafold/laptop.yaml"
+    loaded = core.load_config(StudyConfig, core.find_config("configs/megafold/laptop.yaml"))
+    assert loaded.network.config.max_tokens == sum(behind - first for first, behind in loaded.structures[0].tokens)
