@@ -16,6 +16,7 @@ CONFIDENCE = ((90, "#0053d6", "very high"), (70, "#65cbf3", "high"), (50, "#ffdb
 
 _SMOOTH = 8  # pieces of the trace between two residues
 _TRACE, _STICK, _DOT = 7.0, 2.2, 26.0  # points, points, square points
+_OVERLAP = 0.12  # Å
 _FADE = 0.55  # how much of the colour the farthest loses
 _FARTHEST = 22.0  # Å, of the distogram
 
@@ -177,7 +178,7 @@ def _molecule(axes: Any, features: Features, places: np.ndarray, plddt: np.ndarr
         for value in (() if plddt is None else plddt)
     ]
 
-    def colour(atom: int) -> tuple[float, float, float]:
+    def colour(atom: int | np.integer) -> tuple[float, float, float]:
         return sure[atom] if sure else plain[features["atom_token"][atom]]
 
     pieces: list[tuple[np.ndarray, np.ndarray, float]] = []  # two ends, colour, width
@@ -202,7 +203,8 @@ def _molecule(axes: Any, features: Features, places: np.ndarray, plddt: np.ndarr
         order = 2 + float(depth[number] - depth.min()) / span
         if number < len(pieces):
             ends, rgb, width = pieces[number]
-            overlap = 0.2 * (ends - ends[::-1])  # no gaps in the outline
+            along = ends - ends[::-1]
+            overlap = along * min(0.2, _OVERLAP / max(np.linalg.norm(along[0]), 1e-6))  # no gaps in the outline
             edge = LineCollection(
                 [(ends + overlap)[:, :2]], colors=[faded(np.full(3, 0.15), fades[number])], linewidths=width + 1.4
             )
