@@ -132,7 +132,7 @@ def _plots(before: Outcome, after: Outcome) -> list[tuple[str, Any]]:
     from jaxlab.megafold import pictures
 
     return [
-        (f"{after.name}: the truth, before, after", pictures.structures(before, after)),
+        (f"{after.name}: structure", pictures.structures(before, after)),
         (f"{after.name}: distances", pictures.distances(after)),
         (f"{after.name}: aligned error", pictures.aligned_error(after)),
     ]

@@ -24,8 +24,13 @@ def run(*args, code=0):
 def test_alignments_find_their_structures(tmp_path):
     for name in ("1ab.cif", "1abc.cif.gz", "1abA.a3m", "1ab_B.a3m", "1abcD_protein.a3m", "1abc_rna.a3m", "2xyA.a3m"):
         (tmp_path / name).touch()
-    found = {path.name: {chain: file.name for chain, file in of.items()} for path, of in paired(tmp_path, tmp_path).items()}
-    assert found == {"1ab.cif": {"A": "1abA.a3m", "B": "1ab_B.a3m"}, "1abc.cif.gz": {"D": "1abcD_protein.a3m", "rna": "1abc_rna.a3m"}}
+    found = {
+        path.name: {chain: file.name for chain, file in of.items()} for path, of in paired(tmp_path, tmp_path).items()
+    }
+    assert found == {
+        "1ab.cif": {"A": "1abA.a3m", "B": "1ab_B.a3m"},
+        "1abc.cif.gz": {"D": "1abcD_protein.a3m", "rna": "1abc_rna.a3m"},
+    }
 
 
 def test_precomputes_a_folder(tmp_path):

@@ -1,7 +1,8 @@
-"""The recipe at toy size: what it tells, going on after a kill, feeds that steps decide, and the first of the evidence."""
+"""The recipe at toy size: what it tells, going on after a kill, batches that steps decide, the first evidence."""
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from jaxlab import core, tour
 from jaxlab.core import plan as planning
 from jaxlab.megafold import recipe
+from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.data import FeatureCache
 from jaxlab.megafold.feed import Example, Feed, MadeUp
 from jaxlab.megafold.network import Network
@@ -144,6 +146,28 @@ def test_the_papers_config_is_planned():
     assert made.bytes["optimizer"] == pytest.approx(3 * made.bytes["parameters"], rel=0.01)
     with pytest.raises(ValueError, match="batch_size: expected a multiple of 2"):
         recipe.plan(recipe.PlanConfig(network=Network("tiny", small)), devices)
+
+
+def test_the_evidence_begins(config, tmp_path, monkeypatch):
+    from benchmarks.evidence import megafold as evidence
+
+    names = [item.name for item in evidence.items()]
+    assert len(set(names)) == len(names) == 3 + 1
+    for name in evidence.CROPS:
+        made = evidence._config(name)
+        assert made.network.config.c_s == AF3Config.tiny().c_s
+        assert made.network.config.max_tokens >= sum(behind - first for first, behind in made.structures[0].tokens)
+    monkeypatch.setattr(evidence, "WORK", tmp_path)
+    plain = core.to_dict(config)
+    values = {name: json.dumps(plain[name]) for name in ("structures", "training", "samples", "sampling_steps")}
+    values |= {f"training.{name}": json.dumps(value) for name, value in plain["training"].items()}
+    sizes = {"network.changes": json.dumps(toys.CHANGES), "network.changes.max_atoms": toys.CHANGES["max_atoms"]}
+    row = evidence._overfit_row("721p", "a loop", **values, **sizes, steps=2, checkpoint_every=1)
+    assert row["tokens"] == 12
+    assert row["first loss"] > 0
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    evidence.pages()
+    assert (tmp_path / "megafold_721p_structure.png").stat().st_size
 
 
 def test_the_laptops_config_is_the_tours():
