@@ -18,7 +18,7 @@ CHANGES = {
     "diffusion_samples": 2,
     "max_tokens": 16,
     "max_atoms": 128,
-    "max_msa_rows": 2,
+    "max_msa_rows": 1,
     "remat": False,
 }
 YAML = f"""
