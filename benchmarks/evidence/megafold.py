@@ -41,10 +41,10 @@ CROPS = {
 SHARED = {
     "network.preset": "tiny",
     "network.changes": "{diffusion_samples: 8, pair_dropout: 0.0, msa_dropout: 0.0, remat: false}",
-    "training.learning_rate": 2e-3,
+    "training.learning_rate": 3e-3,
     "training.warmup_steps": 100,
-    "training.decay_every": 300,
-    "training.decay": 0.75,
+    "training.decay_every": 400,
+    "training.decay": 0.7,
     "training.ema_decay": 0.99,
     "training.loss": "{confidence: 0.3, pae: 1.0, distogram: 0.1, rollout_steps: 16}",
     "steps": 2400,

@@ -32,7 +32,7 @@ def structures(before: Outcome, after: Outcome) -> Any:
     features = after.features
     frame = _frame(features["coords"][features["resolved"]])
     panels = (
-        ("truth", features["coords"], None, features["resolved"]),
+        ("truth, by chain", features["coords"], None, features["resolved"]),
         (f"untrained: lDDT {before.lddt[0]:.2f}, RMSD {before.rmsd[0]:.1f} Å", *_shown(before)),
         (f"trained: lDDT {after.lddt[0]:.2f}, RMSD {after.rmsd[0]:.1f} Å", *_shown(after)),
     )
