@@ -137,5 +137,9 @@ def test_files_read_back(folded, crop, tmp_path):
     assert len(one["token_chain"]) == len(one["pae"]) == len(crop["restype"])
     assert len(one["atom_plddt"]) == len(crop["resolved"])
     assert set(one["token_chain"][:6]) == {"A"}
-    with pytest.raises(ValueError, match="atoms"):
-        folding.placed(whole, crop, found[0].coords[1:], found[0].plddt)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_atoms_that_are_not_the_features(folded, crop):
+    with pytest.raises(ValueError, match="expected 37 atoms"):
+        folding.placed(structure(NAME), crop, folded[0][0].coords[1:], folded[0][0].plddt)
