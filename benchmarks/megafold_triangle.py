@@ -5,7 +5,7 @@ the value. The widths are AlphaFold 3's. (Its other peers in JAX, tokamax and cu
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -74,18 +74,18 @@ def gpu_bytes(implementation: str | None, direction: str, n: int) -> int:
     ]
 
 
-def largest(implementation: str | None) -> int:
-    """The most tokens, in steps of 64, with which arguments, results and temporaries stay within the budget."""
+def held_bytes(program: Any) -> int:
+    """Arguments, results and temporaries of a compiled program."""
+    memory = program.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
-    def fits(steps):
-        memory = compiled(implementation, "outgoing", 64 * steps).memory_analysis()
-        taken = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        return taken <= BUDGET
 
+def largest(compiled_at: Callable[[int], Any]) -> int:
+    """The most tokens, in steps of 64, with which a program stays within the budget."""
     low, high = 1, 64
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if held_bytes(compiled_at(64 * middle)) <= BUDGET else (low, middle)
     return 64 * low
 
 
@@ -103,7 +103,7 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(SYSTEM, what, "temporary MiB", *mib, PEER, MEMORY_BAR)
     if not quick:
         what = f"triangle_multiplication, largest N in {BUDGET // 2**30} GiB, float32, gradients, CPU"
-        lengths = (float(largest(name)) for name in (None, "reference"))
+        lengths = (float(largest(functools.partial(compiled, name, "outgoing"))) for name in (None, "reference"))
         yield Case(SYSTEM, what, "tokens", *lengths, PEER, LENGTH_BAR, higher_is_better=True)
     for n in (384,) if quick else (384, 768, 1024):
         for direction in DIRECTIONS:
