@@ -75,9 +75,12 @@ def undocumented(module: ModuleType) -> list[str]:
     return missing
 
 
-def _entry(module: ModuleType, name: str) -> str:
+def _entry(module: ModuleType, name: str, told: set[type]) -> str:
     value = getattr(module, name)
+    if inspect.isclass(value) and value in told:
+        return f".. autoclass:: {module.__name__}.{name}\n   :no-index:\n"  # its members are on an earlier page
     if inspect.isclass(value):
+        told.add(value)
         options = "   :members:\n   :member-order: bysource\n"
         kind = "autoexception" if issubclass(value, BaseException) else "autoclass"
         return f".. {kind}:: {module.__name__}.{name}\n{options}"
@@ -90,10 +93,10 @@ def _entry(module: ModuleType, name: str) -> str:
 def generate(folder: Path) -> None:
     """Writes one page a module into `folder`, and removes what is no longer public."""
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {}
+    pages, told = {}, set()
     for module in public_modules():
         title = module.__name__
-        entries = "\n".join(_entry(module, name) for name in public_names(module))
+        entries = "\n".join(_entry(module, name, told) for name in public_names(module))
         head = f"{title}\n{'=' * len(title)}\n\n.. automodule:: {title}\n   :no-members:\n\n"
         pages[f"{title}.rst"] = f"{head}{entries}"
     for old in folder.glob("*.rst"):
