@@ -22,7 +22,7 @@ class Network:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self.config  # noqa: B018  what is wrong with the changes is told here
+        _changed(self.preset, self.changes)
 
     @functools.cached_property
     def config(self) -> AF3Config:
@@ -32,5 +32,9 @@ class Network:
           ValueError: an unknown name (the nearest known one is told), or a value out of range.
           TypeError: a value of another type.
         """
-        values = core.to_dict(getattr(AF3Config, self.preset)()) | self.changes
-        return core.load_config(AF3Config, None, [f"{name}={json.dumps(value)}" for name, value in values.items()])
+        return _changed(self.preset, self.changes)
+
+
+def _changed(preset: str, changes: dict[str, Any]) -> AF3Config:
+    values = core.to_dict(getattr(AF3Config, preset)()) | changes
+    return core.load_config(AF3Config, None, [f"{name}={json.dumps(value)}" for name, value in values.items()])

@@ -180,12 +180,11 @@ class SuperOffload:
         opt_state, moments = None, p
         if self._tx is not None:
             moments, opt_state = (), self._tx.init(layout.trained().join(p))
-        zeros = lambda buckets: tuple(jnp.zeros(x.shape, jnp.float32, device=x.sharding) for x in buckets)  # noqa: E731
         window = p if config.steps_per_update > 1 else ()
         total = tuple(jnp.zeros(x.shape, jnp.float32, device=partition.sliced) for x in window)
         scaler = None if config.loss_scale is None else init_loss_scale(config.loss_scale)
         zero = jnp.zeros((), jnp.int32)
-        master = SpeculativeState(p, zeros(moments), zeros(moments), jnp.copy(zero))
+        master = SpeculativeState(p, _zeros(moments), _zeros(moments), jnp.copy(zero))
         return TrainState(zero, self.live_params(p, params), master, scaler, total, opt_state)
 
     def live_params(self, p: Sequence[Array], like: PyTree) -> PyTree:
@@ -204,16 +203,16 @@ class SuperOffload:
           FloatingPointError: gradients that are not finite, with nonfinite='raise' and no scaler.
           RuntimeError: the worker died or timed out, or the engine is closed; a loss scale that cannot fall.
         """
-        self._check_ready()
+        layout = self._ready_layout()
         batch = self._partition.place_batch(batch)
-        loss, gradients = self._backward(self._layout.parts(state.params), batch, np.asarray(state.loss_scale))
+        loss, gradients = self._backward(layout.parts(state.params), batch, np.asarray(state.loss_scale))
         every, step = self.config.steps_per_update, int(state.step) + 1
         state = replace(state, step=state.step + 1)
         if every > 1:
             total = sum((buckets for _, buckets in sorted(gradients, key=lambda pair: pair[0])), ())
             if step % every != 1:
                 total = _add(state.accumulated, total)
-            state, gradients = replace(state, accumulated=total), self._layout.by_segment(total)
+            state, gradients = replace(state, accumulated=total), layout.by_segment(total)
             if step % every:
                 return state, _metrics(loss_scale=state.loss_scale) | {"loss": loss}
         state, metrics = self._update(state, gradients, np.float32(1 / (float(state.loss_scale) * every)))
@@ -230,8 +229,7 @@ class SuperOffload:
           ValueError: another structure or shape, named by the leaf's path.
           FloatingPointError: as for `train_step`, like RuntimeError.
         """
-        self._check_ready()
-        gradients = self._layout.by_segment(self._cut(self._partition.replicate(grads)))
+        gradients = self._ready_layout().by_segment(self._cut(self._partition.replicate(grads)))
         state, metrics = self._update(state, gradients, np.float32(1 / float(state.loss_scale)))
         return replace(state, step=state.step + 1), metrics | {"loss": jnp.float32(jnp.nan)}
 
@@ -431,9 +429,15 @@ class SuperOffload:
             return math.floor((1 - self.config.offload_ratio) * buckets)
         return 0 if self._plan is None else min(buckets, self._plan.gpu_buckets)
 
-    def _check_ready(self) -> None:
-        self.layout  # noqa: B018  (there is one)
+    def _ready_layout(self) -> Layout:
+        """The layout, if a step can be taken."""
+        layout = self.layout
         self._worker.check()
+        return layout
+
+
+def _zeros(buckets: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(jnp.zeros(x.shape, jnp.float32, device=x.sharding) for x in buckets)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

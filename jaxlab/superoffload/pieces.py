@@ -93,7 +93,10 @@ def decoder_pieces(loss: LMLoss, layers: int = 1) -> Pieces:
         return _mean(total, jnp.sum(batch.weights))
 
     def split(params: PyTree) -> PyTree:
-        blocks = [{"blocks_0": jax.tree.map(lambda leaf: leaf[a:b], params["blocks_0"])} for a, b in groups]  # noqa: B023
+        def layers(first: int, end: int) -> PyTree:
+            return {"blocks_0": jax.tree.map(lambda leaf: leaf[first:end], params["blocks_0"])}
+
+        blocks = itertools.starmap(layers, groups)
         return {"embed": params["embed"]}, *blocks, {name: params[name] for name in ("final_norm", "head")}
 
     def join(parts: PyTree) -> PyTree:

@@ -86,3 +86,11 @@ def _value_and_gradients(op, implementation, differentiate):
         return value, pullback(cotangent)
 
     return run
+
+
+def compare(got: Sequence[jax.Array], want: Sequence[np.ndarray], value: float, gradients: float) -> None:
+    """Holds the largest error of a value, and of each gradient after it, to a share of the largest magnitude."""
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape
+        error = np.abs(np.asarray(a, np.float64) - b).max() / max(np.abs(b).max(), 1e-9)
+        assert error <= (gradients if index else value), f"result {index}: {error}"

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.layernorm_linear import layernorm_linear, triton
 from tests.aot import needs_aot, needs_ptxas
+from tests.kernels.harness import compare
 from tests.oracles import layernorm_fusions as oracle
 
 # Several tiles and shares of rows, the last of each ragged; K and N below a tile, above one, no powers of two.
@@ -39,19 +40,11 @@ def _exact(args, d_out):
     return oracle.layernorm_linear(*args), *oracle.layernorm_linear_gradients(*args, d_out)
 
 
-def _compare(got, want, value, gradients):
-    """Largest error of the value and of each gradient, relative to the largest magnitude."""
-    for index, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert a.shape == b.shape
-        error = np.abs(np.asarray(a, np.float64) - b).max() / max(np.abs(b).max(), 1e-9)
-        assert error <= (gradients if index else value), f"result {index}: {error}"
-
-
 @pytest.mark.parametrize("implementation", ["reference", "xla", "interpret"])
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients(name, implementation):
     args, d_out = _inputs(name)
-    _compare(_run(args, d_out, implementation), _exact(args, d_out), 5e-6, 5e-5)
+    compare(_run(args, d_out, implementation), _exact(args, d_out), 5e-6, 5e-5)
 
 
 @pytest.mark.latest
@@ -62,22 +55,22 @@ def test_bfloat16_beside_float32_weights(implementation):
     args = ((args[0] * 0.25 + 75).astype(jnp.bfloat16), *args[1:])
     got = _run(args, d_out, implementation)
     assert [a.dtype for a in got] == [jnp.bfloat16] * 2 + [jnp.float32] * 4
-    _compare(got, _exact(args, d_out), 2e-2, 2e-2)
+    compare(got, _exact(args, d_out), 2e-2, 2e-2)
 
 
 def test_bias_is_optional_and_plain_autodiff_may_be_asked_for_in_turn():
     (*args, b), d_out = _inputs("narrow")
     without = _run(tuple(args), d_out, ("reference", "xla"))[0]
     np.testing.assert_allclose(without + b, _run((*args, b), d_out)[0], atol=1e-5)
-    _compare(_run(tuple(args), d_out, ("reference", "xla"))[1:], _exact((*args, b), d_out)[1:-1], 5e-5, 5e-5)
+    compare(_run(tuple(args), d_out, ("reference", "xla"))[1:], _exact((*args, b), d_out)[1:-1], 5e-5, 5e-5)
 
 
 def test_float64():
     with jax.enable_x64(True):
         args, d_out = _inputs("narrow", jnp.float64, jnp.float64)
-        _compare(_run(args, d_out), _exact(args, d_out), 1e-12, 1e-11)
+        compare(_run(args, d_out), _exact(args, d_out), 1e-12, 1e-11)
         args, d_out = _inputs("one element")
-        _compare(_run(args, d_out, "interpret"), _exact(args, d_out), 5e-6, 5e-5)
+        compare(_run(args, d_out, "interpret"), _exact(args, d_out), 5e-6, 5e-5)
         with pytest.raises(NotImplementedError, match="got float64"):
             layernorm_linear(*[a.astype(jnp.float64) for a in args], implementation="interpret")
 
@@ -116,7 +109,7 @@ def test_eight_devices(check_vma):
     specs = (P("data"), P(), P(), P(), P())
     sharded = jax.shard_map(layernorm_linear, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=check_vma)
     out, pullback = jax.jit(functools.partial(jax.vjp, sharded))(*args)
-    _compare((out, *jax.jit(pullback)(d_out)), _exact(args, d_out), 5e-6, 5e-5)
+    compare((out, *jax.jit(pullback)(d_out)), _exact(args, d_out), 5e-6, 5e-5)
     if check_vma:
         interpreted = functools.partial(layernorm_linear, implementation="interpret")
         with pytest.raises(NotImplementedError, match="check_vma"):

@@ -60,12 +60,17 @@ def test_augmentation_is_rigid_about_the_centre_of_what_exists():
     x = rng.normal(size=(9, 3)).astype(np.float32) * 4 + 100
     many = np.asarray(diffusion.random_augmentation(KEY, jnp.broadcast_to(x, (500, 9, 3)), mask))
     assert (many[:, 7:] == 0).all()
-    distance = lambda y: np.linalg.norm(y[..., :7, None, :] - y[..., None, :7, :], axis=-1)  # noqa: E731
+
+    def distance(y):
+        return np.linalg.norm(y[..., :7, None, :] - y[..., None, :7, :], axis=-1)
+
+    def handed(y):
+        return np.linalg.det(y[..., 1:4, :] - y[..., :1, :])
+
     np.testing.assert_allclose(distance(many), np.broadcast_to(distance(x), (500, 7, 7)), atol=1e-4)
     centres = many[:, :7].mean(1)
     assert abs(centres.mean()) < 0.1
     assert abs(centres.std() - 1) < 0.1
-    handed = lambda y: np.linalg.det(y[..., 1:4, :] - y[..., :1, :])  # noqa: E731
     np.testing.assert_allclose(handed(many), handed(x), rtol=1e-3)
 
 
@@ -123,7 +128,9 @@ def test_steps_follow_the_algorithm():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_inputs():
-    identity = lambda x, sigma: x  # noqa: E731
+    def identity(x, sigma):
+        return x
+
     with pytest.raises(ValueError, match=r"shape: expected \[T, A, 3\], got \(3, 4\)"):
         diffusion.sample(identity, KEY, (3, 4))
     with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to \(2, 4\), got \(5,\)"):

@@ -119,7 +119,10 @@ def test_alignment_is_horns_and_never_reflects(structure):
     mirrored = s["target"] * np.array([1, 1, -1], np.float32)
     moved = np.asarray(losses.weighted_rigid_align(mirrored, s["target"], weight))
     np.testing.assert_allclose(moved, oracle.align(mirrored, s["target"], weight), atol=1e-3)
-    handed = lambda x: np.linalg.det(x[[2, 3, 4]] - x[6])  # noqa: E731
+
+    def handed(x):
+        return np.linalg.det(x[[2, 3, 4]] - x[6])
+
     np.testing.assert_allclose(handed(moved), handed(mirrored), rtol=1e-3)
     assert np.abs(moved - s["target"]).max() > 1
 

@@ -107,8 +107,7 @@ def test_outer_product_mean():
     mask = rng.random((B, S, N)) > 0.4
     mask[0, :, 1] = False  # a token that no row has: its pairs are the bias
     for chunk in (None, 3):
-        op = lambda chunk=chunk, **kwargs: ops.outer_product_mean(**kwargs, row_chunk=chunk)  # noqa: E731
-        check(op, af3.outer_product_mean, given, mask=mask)
+        check(functools.partial(ops.outer_product_mean, row_chunk=chunk), af3.outer_product_mean, given, mask=mask)
     narrow = jax.tree.map(jnp.float32, given)
     op = quick_jit(lambda mask: ops.outer_product_mean(**narrow, mask=mask))
     np.testing.assert_allclose(op(None), op(jnp.ones(mask.shape, bool)), atol=1e-6)
@@ -128,8 +127,11 @@ def test_adaptive_layer_norm():
     rng = np.random.default_rng(5)
     given = {"x": normal(rng, B, T, N, C), "s": normal(rng, B, 1, N, 6), "scale_s": norm_weights(rng, 6)[0]}
     given |= {"w_gamma": normal(rng, 6, C), "b_gamma": normal(rng, C), "w_beta": normal(rng, 6, C)}
-    strip = lambda f: lambda mask, **kwargs: f(**kwargs)  # noqa: E731
-    check(strip(ops.adaptive_layer_norm), strip(af3.adaptive_layer_norm), given)
+
+    def without_mask(function):
+        return lambda mask, **kwargs: function(**kwargs)
+
+    check(without_mask(ops.adaptive_layer_norm), without_mask(af3.adaptive_layer_norm), given)
 
 
 @pytest.mark.parametrize(
