@@ -1,8 +1,9 @@
-"""Operations on pairs over 8 devices against one: values, every gradient, and what travels.
+"""Operations on pairs, and the objective of training, over 8 devices against one: values and every gradient.
 
-The cases are the collectives of each kind; they also run in 2 processes with 4 devices each.
+The cases are the collectives of each kind and the objective; they run in 2 processes with 4 devices each.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -15,6 +16,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab.core import make_mesh
 from jaxlab.megafold import ops
+from jaxlab.megafold.config import AF3Config, Kernels
+from jaxlab.megafold.data import synthetic_batch
+from jaxlab.megafold.modules import initial_params
+from jaxlab.megafold.objective import LossSettings, objective
 from jaxlab.megafold.sharding import pair_sharded
 from pallas_kernels.layernorm_linear import layernorm_linear
 from pallas_kernels.transition import transition
@@ -24,6 +29,18 @@ DEVICES = 8
 TOKENS, DEPTH, CHANNELS, HEADS, WIDTH = 16, 5, 8, 2, 4
 HIDDEN = 12  # of the triangle multiplication; the devices do not divide it
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}  # a program that runs once
+
+TINY = dataclasses.replace(
+    AF3Config.tiny(),
+    **dict.fromkeys(("c_s", "c_token", "c_atom"), 16),
+    **dict.fromkeys(("c_z", "c_m", "c_atompair", "c_template"), 8),
+    **dict.fromkeys(("pair_head_dim", "opm_channels", "msa_head_dim", "max_msa_rows", "diffusion_samples"), 4),
+    **dict.fromkeys(("pairformer_blocks", "token_blocks"), 1),
+    max_tokens=16,
+    max_atoms=64,
+    remat=False,
+    kernels=Kernels(*["reference"] * 4),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,3 +166,35 @@ def case_tokens(folder):
 
 def case_outer(folder):
     check("outer")
+
+
+def case_training(folder):
+    """The loss of a batch, its parts, and every weight's gradient; process 0 compares them."""
+    config = dataclasses.replace(TINY, max_atoms=96, template_blocks=0, msa_blocks=0)
+    settings, key, rng = LossSettings(confidence=0.0), jax.random.key(0), np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(initial_params, config), key)
+    params = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32), shapes)
+
+    def loss(params, batch):
+        return objective(params, batch, jax.random.key(1), config=config, settings=settings)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK_TO_COMPILE)
+
+    def run(mesh):
+        given = params, synthetic_batch(config, key)
+        if mesh is not None:
+            given = jax.device_put(given, NamedSharding(mesh, PartitionSpec()))
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), step(*given))
+
+    (got_loss, got_parts), got = run(make_mesh({"pair": DEVICES}))
+    if jax.process_index():
+        return
+    (want_loss, want_parts), want = run(None)
+    assert_close(got_loss, want_loss, 1e-5)
+    for name, value in want_parts.items():
+        assert_close(got_parts[name], value, 1e-5, floor=1e-6, where=name)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert ours.shape == theirs.shape
+        assert_close(ours, theirs, 1e-4, floor=1e-2 * largest, where=jax.tree_util.keystr(path))

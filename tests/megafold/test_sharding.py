@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import functools
 
 import jax
@@ -11,7 +10,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxlab.core import make_mesh, plan
 from jaxlab.core.plan import Collective
 from jaxlab.megafold import ops
-from jaxlab.megafold.config import AF3Config, Kernels
+from jaxlab.megafold.config import Kernels
 from jaxlab.megafold.features import abstract_batch
 from jaxlab.megafold.modules import AlphaFold3
 from jaxlab.megafold.modules.pair import PairUpdates
@@ -19,7 +18,7 @@ from jaxlab.megafold.sharding import COLUMNS, pair_sharded, spread
 from pallas_kernels.transition import transition
 from tests import two_processes
 from tests.megafold import multiprocess_cases as cases
-from tests.megafold.multiprocess_cases import CHANNELS, DEPTH, DEVICES, HEADS, HIDDEN, PROBLEMS, TOKENS, WIDTH
+from tests.megafold.multiprocess_cases import CHANNELS, DEPTH, DEVICES, HEADS, HIDDEN, PROBLEMS, TINY, TOKENS, WIDTH
 
 MESH = AbstractMesh((8,), ("pair",))
 
@@ -107,19 +106,6 @@ def test_memory():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(make_mesh({"pair": DEVICES})) <= 0.2 * temporaries(None)
-
-
-TINY = dataclasses.replace(
-    AF3Config.tiny(),
-    **dict.fromkeys(("c_s", "c_token", "c_atom"), 16),
-    **dict.fromkeys(("c_z", "c_m", "c_atompair", "c_template"), 8),
-    **dict.fromkeys(("pair_head_dim", "opm_channels", "msa_head_dim", "max_msa_rows", "diffusion_samples"), 4),
-    **dict.fromkeys(("pairformer_blocks", "token_blocks"), 1),
-    max_tokens=16,
-    max_atoms=64,
-    remat=False,
-    kernels=Kernels(*["reference"] * 4),
-)
 
 
 def test_network():
