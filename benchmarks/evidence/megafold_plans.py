@@ -38,7 +38,7 @@ def items() -> Iterator[Item]:
                 settings={"gpu": gpu, "way": way, "devices": devices, "step": _STEP, "chunk": _CHUNK},
                 run=functools.partial(_longest_row, gpu, way, devices),
             )
-    for crop in reversed(CROPS):
+    for crop in (CROPS[-1], *CROPS[:-1]):
         for name in FUSED:
             yield _crop_item(crop, f"without {name}")
 
@@ -77,9 +77,10 @@ def _bytes(crop: int, way: str, devices: int) -> dict[str, int]:
 
 
 def _room(gpu: str) -> float:
-    from jaxlab.core.plan.targets import FITS_FACTOR, PRESETS
+    from jaxlab.core import plan
 
-    return FITS_FACTOR * PRESETS[gpu].memory_bytes
+    target = plan.target(gpu)
+    return target.memory_factor * target.memory_bytes
 
 
 def _row(crop: int, way: str) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _longest_row(gpu: str, way: str, devices: int) -> dict[str, Any]:
 
 
 def longest(size: Callable[[int], int], room: float, step: int, start: int) -> int:
-    """The largest multiple of `step` whose size is within `room`; sizes grow about as the square."""
+    """The largest multiple of `step` whose size is within `room`; sizes grow about as a + b crop^2."""
     known: dict[int, int] = {}
     crop = start
     while True:
@@ -116,6 +117,10 @@ def longest(size: Callable[[int], int], room: float, step: int, start: int) -> i
         above = min((n for n, held in known.items() if held > room), default=None)
         if above is not None and above - below <= step:
             return below
-        guess = step * int(crop * math.sqrt(room / known[crop]) / step)
+        (near, held), *rest = sorted(known.items(), key=lambda item: abs(item[1] - room))
+        slope = held / near**2
+        if rest and rest[0][1] != held:
+            slope = (held - rest[0][1]) / (near**2 - rest[0][0] ** 2)
+        guess = step * int(math.sqrt(max(near**2 + (room - held) / slope, 0)) / step)
         least, most = below + step, 2 * crop if above is None else above - step
         crop = min(max(guess, least), most)
