@@ -25,25 +25,17 @@ _OPTIONS = {"xla_backend_optimization_level": 0}  # only buffers are read
 
 
 def items() -> Iterator[Item]:
-    """A row for each crop with all fused operations and with none, the longest crops, then each operation left out."""
+    """Crops with everything fused and with nothing, the longest crops, each operation left out; what says most first."""
     for crop in CROPS:
         for way in ("all", "none"):
             yield _crop_item(crop, way)
-    title = (
-        f"Longest crop (a multiple of {_STEP} tokens) whose training step fits, and what it takes in GiB; over several "
-        "GPUs with the pair representation spread over all of them (nothing ran)"
-    )
     for gpu in GPUS:
-        for way, devices in (("none", 1), *(("all", count) for count in DEVICES)):
-            yield Item(
-                name=f"longest crop, {gpu}, {way}, {devices}",
-                table=title,
-                settings={"gpu": gpu, "way": way, "devices": devices, "step": _STEP, "chunk": _CHUNK},
-                run=functools.partial(_longest_row, gpu, way, devices),
-            )
-    for crop in (CROPS[-1], *CROPS[:-1]):
-        for name in FUSED:
-            yield _crop_item(crop, f"without {name}")
+        yield from (_longest_item(gpu, way, devices) for way, devices in (("none", 1), ("all", 1)))
+        if gpu == GPUS[0]:
+            yield from (_longest_item(gpu, "all", count) for count in DEVICES[1:])
+            yield from (_crop_item(CROPS[-1], f"without {name}") for name in FUSED)
+    yield from (_crop_item(crop, f"without {name}") for crop in CROPS[:-1] for name in FUSED)
+    yield from (_longest_item(gpu, "all", count) for gpu in GPUS[1:] for count in DEVICES[1:])
 
 
 def _crop_item(crop: int, way: str) -> Item:
@@ -56,6 +48,18 @@ def _crop_item(crop: int, way: str) -> Item:
         ),
         settings={"crop": crop, "way": way, "atoms": _atoms(crop), "chunk": _CHUNK},
         run=functools.partial(_row, crop, way),
+    )
+
+
+def _longest_item(gpu: str, way: str, devices: int) -> Item:
+    return Item(
+        name=f"longest crop, {gpu}, {way}, {devices}",
+        table=(
+            f"Longest crop (a multiple of {_STEP} tokens) whose training step fits, and what it takes in GiB; over "
+            "several GPUs with the pair representation spread over all of them (nothing ran)"
+        ),
+        settings={"gpu": gpu, "way": way, "devices": devices, "step": _STEP, "chunk": _CHUNK},
+        run=functools.partial(_longest_row, gpu, way, devices),
     )
 
 
