@@ -25,7 +25,7 @@ _OPTIONS = {"xla_backend_optimization_level": 0}  # only buffers are read
 
 
 def items() -> Iterator[Item]:
-    """Crops with everything fused and with nothing, the longest crops, each operation left out; what says most first."""
+    """Crops with everything fused and with nothing, longest crops, each operation left out; what says most first."""
     for crop in CROPS:
         for way in ("all", "none"):
             yield _crop_item(crop, way)
