@@ -34,7 +34,10 @@ def structures(before: Outcome, after: Outcome) -> Any:
     panels = (
         ("truth, by chain", features["coords"], None, features["resolved"]),
         (f"untrained: lDDT {before.lddt[0]:.2f}, RMSD {before.rmsd[0]:.1f} Å", *_shown(before)),
-        (f"trained: lDDT {after.lddt[0]:.2f}, RMSD {after.rmsd[0]:.1f} Å", *_shown(after)),
+        (
+            f"trained: lDDT {after.lddt[0]:.2f}, RMSD {after.rmsd[0]:.1f} Å" + ", mirrored" * after.mirrored[0],
+            *_shown(after),
+        ),
     )
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -62,7 +62,8 @@ def _run(config: StudyConfig, study: Study) -> core.Report:
     best, worst = after[0], before[0]
     note = (
         "Samples are those of the averaged weights; the first is the one that the network itself trusts most. lDDT is "
-        "over all resolved atoms, without distances inside a residue; the RMSD is after one rigid alignment. The "
+        "over all resolved atoms, without distances inside a residue; the RMSD is after one rigid alignment; samples "
+        "nearer to the mirror image of the truth, which lDDT cannot tell from it, are counted as mirrored. The "
         "network has seen nothing but these crops: this shows that everything trains, not that it predicts."
     )
     return core.Report(
@@ -85,7 +86,7 @@ def _run(config: StudyConfig, study: Study) -> core.Report:
                 f"{config.samples} samples each, {config.sampling_steps} steps (measured)",
                 (
                     *("structure", "tokens", "atoms", "lDDT before", "lDDT", "best lDDT", "RMSD before, Å", "RMSD, Å"),
-                    *("mean pLDDT", "pTM", "ipTM"),
+                    *("mirrored", "mean pLDDT", "pTM", "ipTM"),
                 ),
                 [_row(*pair) for pair in zip(before, after)],
             ),
@@ -122,6 +123,7 @@ def _row(before: Outcome, after: Outcome) -> tuple[Any, ...]:
         max(after.lddt),
         before.rmsd[0],
         after.rmsd[0],
+        f"{sum(after.mirrored)} of {len(after.mirrored)}",
         float(first.plddt.mean()),
         first.ptm,
         first.iptm,

@@ -84,6 +84,7 @@ class Outcome(NamedTuple):
       predictions: with coordinates moved onto the truth.
       lddt: of each, 0 to 1, without distances inside a token.
       rmsd: of each, Å, over all resolved atoms.
+      mirrored: whether each fits the mirror image of the truth better; distances, and so lDDT, cannot tell.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Outcome(NamedTuple):
     predictions: list[Prediction]
     lddt: list[float]
     rmsd: list[float]
+    mirrored: list[bool]
 
 
 class Study:
@@ -266,9 +268,10 @@ def _identity(config: StudyConfig) -> dict[str, str]:
 
 
 def _outcome(name: str, features: Features, predictions: list[Prediction]) -> Outcome:
-    moved, lddts, rmsds = jax.device_get(_held_to(np.stack([each.coords for each in predictions]), _truth(features)))
+    moved, lddts, *rmsds = jax.device_get(_held_to(np.stack([each.coords for each in predictions]), _truth(features)))
     placed = [dataclasses.replace(each, coords=coords) for each, coords in zip(predictions, moved)]
-    return Outcome(name, features, placed, lddts.tolist(), rmsds.tolist())
+    here, reflected = rmsds
+    return Outcome(name, features, placed, lddts.tolist(), here.tolist(), (reflected < here).tolist())
 
 
 def _truth(features: Features) -> Features:
@@ -278,16 +281,17 @@ def _truth(features: Features) -> Features:
 @jax.jit
 def _held_to(
     coords: Float[Array, "t a 3"], truth: Mapping[str, Array]
-) -> tuple[Float[Array, "t a 3"], Float[Array, " t"], Float[Array, " t"]]:
-    """Samples on the truth, their lDDT and RMSD."""
+) -> tuple[Float[Array, "t a 3"], Float[Array, " t"], Float[Array, " t"], Float[Array, " t"]]:
+    """Samples on the truth, their lDDT, their RMSD, and that to the truth's mirror image."""
     target, mask, token = truth["coords"], truth["resolved"], truth["atom_token"]
     nucleotide = (truth["is_dna"] | truth["is_rna"])[token]
 
-    def one(pred: Array) -> tuple[Array, Array, Array]:
+    def one(pred: Array) -> tuple[Array, Array, Array, Array]:
         return (
             weighted_rigid_align(pred, target, mask.astype(np.float32)),
             lddt(pred, target, mask, is_nucleotide=nucleotide, atom_token=token),
             rmsd(pred, target, mask),
+            rmsd(pred, target * np.array([-1.0, 1.0, 1.0], np.float32), mask),
         )
 
     return jax.lax.map(one, coords)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlab import core, tour
 from jaxlab.core import plan as planning
-from jaxlab.megafold import recipe
+from jaxlab.megafold import recipe, study
 from jaxlab.megafold.config import AF3Config
 from jaxlab.megafold.data import FeatureCache
 from jaxlab.megafold.feed import Example, Feed, MadeUp
@@ -70,6 +70,17 @@ def test_weights_that_are_not_there(config, tmp_path, folder, error):
     core.save_config(config, tmp_path / "begun" / "config.yaml")
     with pytest.raises(error, match=folder):
         load_weights(tmp_path / folder)
+
+
+def test_mirror_images_are_told_apart():
+    rng = np.random.default_rng(0)
+    coords = rng.normal(size=(20, 3)).astype(np.float32) * 5
+    none = np.zeros(20, bool)
+    truth = {"coords": coords, "resolved": ~none, "atom_token": np.arange(20), "is_dna": none, "is_rna": none}
+    _, lddts, here, reflected = study._held_to(np.stack([coords, coords * [1, 1, -1]]).astype(np.float32), truth)
+    np.testing.assert_allclose(lddts, 1, atol=1e-6)
+    np.testing.assert_allclose([here[0], reflected[1]], 0, atol=1e-4)
+    assert min(here[1], reflected[0]) > 1
 
 
 def test_without_data_it_makes_its_own(config, tmp_path, monkeypatch):
