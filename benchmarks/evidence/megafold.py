@@ -47,7 +47,7 @@ SHARED = {
     "training.decay_every": 400,
     "training.decay": 0.7,
     "training.ema_decay": 0.99,
-    "training.loss": "{confidence: 0.3, pae: 1.0, distogram: 0.1, rollout_steps: 16, noise_log_mean: 0.3}",
+    "training.loss": "{confidence: 0.3, pae: 1.0, distogram: 0.1, rollout_steps: 16}",
     "steps": 2400,
     "checkpoint_every": 200,
     "samples": 5,

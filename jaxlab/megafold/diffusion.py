@@ -32,11 +32,9 @@ def noise_schedule(num_steps: int, *, sigma_data: float = SIGMA_DATA) -> Float[A
     return jnp.asarray(levels, jnp.float32)
 
 
-def sample_training_sigma(
-    key: Array, shape: Sequence[int], *, sigma_data: float = SIGMA_DATA, log_mean: float = -1.2
-) -> Float[Array, "..."]:
-    """Noise levels to train on: sigma_data * exp(log_mean + 1.5 n), n normal; AlphaFold3's mean is -1.2."""
-    return sigma_data * jnp.exp(log_mean + 1.5 * jax.random.normal(key, tuple(shape)))
+def sample_training_sigma(key: Array, shape: Sequence[int], *, sigma_data: float = SIGMA_DATA) -> Float[Array, "..."]:
+    """Noise levels to train on: sigma_data * exp(-1.2 + 1.5 n), n normal."""
+    return sigma_data * jnp.exp(-1.2 + 1.5 * jax.random.normal(key, tuple(shape)))
 
 
 def precondition(

@@ -34,8 +34,6 @@ class LossSettings:
       pae: of the aligned error among these; 1 in the last stage.
       loss_weighting: of the noise levels, as for `edm_loss_weight`.
       rollout_steps: of the mini-rollout that the confidence head is shown.
-      noise_log_mean: mean logarithm of a noise level over the data's. With AlphaFold3's 3 in 100 levels are above 80 Å,
-        where a hand is chosen; below, a network follows the hand of what it is given. Short trainings need more.
     """
 
     diffusion: float = 4.0
@@ -45,7 +43,6 @@ class LossSettings:
     pae: float = 0.0
     loss_weighting: str = "edm"
     rollout_steps: int = 20
-    noise_log_mean: float = -1.2
 
     def __post_init__(self):
         for name in ("diffusion", "bond", "distogram", "confidence", "pae"):
@@ -84,7 +81,7 @@ def objective(
     def draw(purpose: str) -> Array:
         return named_key(key, purpose)
 
-    sigma = sample_training_sigma(draw("sigma"), shape, log_mean=settings.noise_log_mean)
+    sigma = sample_training_sigma(draw("sigma"), shape)
     resolved = features["resolved"] & atom_mask
     truth = jnp.broadcast_to(features["coords"][:, None], (*shape, *features["coords"].shape[1:]))
     truth = random_augmentation(draw("frames"), truth, resolved[:, None])
