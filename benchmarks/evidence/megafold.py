@@ -1,7 +1,6 @@
 """Real structures, overfitted: `tiny` trained on a crop of each until its samples are the crop; and the data stall."""
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,10 +108,7 @@ def _overfit_row(name: str, what: str, **changes: Any) -> dict[str, Any]:
     from jaxlab.megafold import recipe
 
     config = _config(name, **changes)
-    begun = (Path(config.folder) / "checkpoints").exists()
-    started = time.perf_counter()
     report = recipe.run(config)
-    minutes = (time.perf_counter() - started) / 60
     if report.synthetic:
         raise FileNotFoundError(f"{name}: its files are not here")
     report.save(config.folder)
@@ -124,7 +120,6 @@ def _overfit_row(name: str, what: str, **changes: Any) -> dict[str, Any]:
         **{column: told[column] for column in columns[1:]},
         "first loss": report.metrics["first_loss"],
         "last loss": report.metrics["final_loss"],
-        "minutes, with compilation": None if begun else minutes,
     }
 
 
