@@ -57,8 +57,6 @@ STALL_STEPS = 20
 
 def items() -> Iterator[Item]:
     """One row a structure, and one for the ways of reading."""
-    from jaxlab import core
-
     for name, (what, _) in CROPS.items():
         config = _config(name)
         yield Item(
@@ -67,7 +65,7 @@ def items() -> Iterator[Item]:
                 f"`tiny` trained on one crop for {SHARED['steps']} steps, then {config.samples} samples of "
                 f"{config.sampling_steps} steps, the one the network trusts most held to the truth (measured)"
             ),
-            settings=core.to_dict(config),
+            settings=_settings(config),
             run=lambda name=name, what=what: _overfit_row(name, what),
             seeds=(config.seed,),
         )
@@ -77,7 +75,7 @@ def items() -> Iterator[Item]:
             "Training steps a second of `tiny` on a crop of 721P with its alignment of 15,953 rows; one CPU trains and "
             f"reads, {STALL_STEPS} steps each (measured)"
         ),
-        settings={**core.to_dict(_config("721p")), "stall_steps": STALL_STEPS},
+        settings={**_settings(_config("721p")), "stall_steps": STALL_STEPS},
         run=_stall_row,
         seeds=(0,),
     )
@@ -102,6 +100,13 @@ def _config(name: str, **changes: Any) -> Any:
     values = {**SHARED, **CROPS[name][1], **changes}
     config = core.load_config(StudyConfig, None, [f"{key}={value}" for key, value in values.items()])
     return dataclasses.replace(config, folder=str(WORK / name))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What of a study decides its outcome: where it lies does not."""
+    from jaxlab import core
+
+    return {name: value for name, value in core.to_dict(config).items() if name != "folder"}
 
 
 def _overfit_row(name: str, what: str, **changes: Any) -> dict[str, Any]:
