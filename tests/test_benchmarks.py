@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import types
 
@@ -106,3 +107,12 @@ def test_evidence_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert runs == ["a", "b", "b", "a"]
     evidence.make("made-up", folder=tmp_path, fresh=True, limit=1)
     assert runs == ["a", "b", "b", "a", "a"]
+    settings["b"] = str(evidence.FOLDER)
+    with pytest.raises(ValueError, match="settings: expected those of 'b' to name no folder in"):
+        evidence.make("made-up", folder=tmp_path)
+
+
+def test_evidence_is_of_no_machine():
+    for file in evidence.FOLDER.glob("*.json"):
+        for item in json.loads(file.read_text())["items"].values():
+            assert not re.search(r'"/(home|root|work|tmp|Users|mnt)/', json.dumps(item)), file

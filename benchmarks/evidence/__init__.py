@@ -20,7 +20,8 @@ from typing import Any
 from jaxlab import doctor
 
 HERE = Path(__file__).resolve().parent
-FOLDER = HERE.parent.parent / "docs" / "evidence"
+_ROOT = HERE.parent.parent
+FOLDER = _ROOT / "docs" / "evidence"
 _FORMAT = "jaxlab.evidence/1"
 _DECIDING = ("jax", "jaxlib", "flax", "optax", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
@@ -61,7 +62,11 @@ def files(wanted: Sequence[str] = ()) -> list[str]:
 
 
 def make(system: str, *, folder: Path = FOLDER, fresh: bool = False, limit: int | None = None) -> dict[str, Any]:
-    """Runs what is not yet there, at most `limit` items; returns the content of the system's file."""
+    """Runs what is not yet there, at most `limit` items; returns the content of the system's file.
+
+    Raises:
+      ValueError: an item whose settings name the folder of this checkout: its outcome would hold on this machine only.
+    """
     path = folder / f"{system}.json"
     kept = {} if fresh or not path.exists() else json.loads(path.read_text())["items"]
     versions = {name: version for name, version in doctor.versions(_DECIDING).items() if version}
@@ -74,6 +79,8 @@ def make(system: str, *, folder: Path = FOLDER, fresh: bool = False, limit: int 
     items = list(_items(system))
     new = 0
     for item in items:
+        if str(_ROOT) in json.dumps(item.settings):
+            raise ValueError(f"settings: expected those of {item.name!r} to name no folder in {_ROOT}")
         key = _key(item, versions)
         if kept.get(item.name, {}).get("key") == key:
             content["items"][item.name] = kept[item.name]

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-from benchmarks.evidence import FOLDER, Item
+from benchmarks.evidence import Item
 
 SYSTEM = "megafold"
 
@@ -104,10 +103,7 @@ def _row(crop: int, way: str) -> dict[str, Any]:
 
 
 def _longest_row(gpu: str, way: str, devices: int) -> dict[str, Any]:
-    step, start = max(_STEP, devices), CROPS[-1]
-    if devices == 1:
-        start = _guess({crop: _made(crop, way) for crop in CROPS[-2:]}, _room(gpu), step)
-    crop = longest(lambda crop: _bytes(crop, way, devices)["total"], _room(gpu), step, start)
+    crop = longest(lambda crop: _bytes(crop, way, devices)["total"], _room(gpu), max(_STEP, devices), CROPS[-1])
     made = _bytes(crop, way, devices)
     return {
         "GPUs": f"{devices} {gpu}",
@@ -118,24 +114,9 @@ def _longest_row(gpu: str, way: str, devices: int) -> dict[str, Any]:
     }
 
 
-def _made(crop: int, way: str) -> float:
-    """Bytes of a crop that the table above has."""
-    rows = json.loads((FOLDER / "megafold_plans.json").read_text())["items"]
-    return rows[f"crop {crop}, {way}"]["row"]["total"] * _GIB
-
-
-def _guess(known: dict[int, float], room: float, step: int) -> int:
-    """The multiple of `step` that would just fit, were sizes a + b crop^2 through the two nearest known ones."""
-    (near, held), *rest = sorted(known.items(), key=lambda item: abs(item[1] - room))
-    slope = held / near**2
-    if rest and rest[0][1] != held:
-        slope = (held - rest[0][1]) / (near**2 - rest[0][0] ** 2)
-    return step * int(math.sqrt(max(near**2 + (room - held) / slope, 0)) / step)
-
-
 def longest(size: Callable[[int], int], room: float, step: int, start: int) -> int:
-    """The largest multiple of `step` whose size is within `room`."""
-    known: dict[int, float] = {}
+    """The largest multiple of `step` whose size is within `room`; sought as if sizes were a + b crop^2."""
+    known: dict[int, int] = {}
     crop = start
     while True:
         known[crop] = size(crop)
@@ -143,5 +124,10 @@ def longest(size: Callable[[int], int], room: float, step: int, start: int) -> i
         above = min((n for n, held in known.items() if held > room), default=None)
         if above is not None and above - below <= step:
             return below
+        (near, held), *rest = sorted(known.items(), key=lambda item: abs(item[1] - room))
+        slope = held / near**2
+        if rest and rest[0][1] != held:
+            slope = (held - rest[0][1]) / (near**2 - rest[0][0] ** 2)
+        guess = step * int(math.sqrt(max(near**2 + (room - held) / slope, 0)) / step)
         least, most = below + step, 2 * crop if above is None else above - step
-        crop = min(max(_guess(known, room, step), least), most)
+        crop = min(max(guess, least), most)

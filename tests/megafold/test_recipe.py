@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.evidence import megafold_plans as plans
 from jaxlab import core, tour
 from jaxlab.core import plan as planning
 from jaxlab.megafold import recipe, study
@@ -16,6 +17,7 @@ from jaxlab.megafold.data import FeatureCache
 from jaxlab.megafold.feed import Example, Feed, MadeUp
 from jaxlab.megafold.network import Network
 from jaxlab.megafold.study import Study, StudyConfig, load_weights
+from tests.aot import needs_aot
 from tests.megafold import toys
 from tests.megafold.data_files import af3, assert_same
 
@@ -179,6 +181,31 @@ def test_the_evidence_begins(config, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "FOLDER", tmp_path)
     evidence.pages()
     assert (tmp_path / "megafold_721p_structure.png").stat().st_size
+
+
+@pytest.mark.parametrize("slope", [2e4, 1e5, 4e5])
+def test_the_longest_crop_is_the_last_that_fits(slope):
+    sizes = {}
+
+    def size(crop):
+        sizes[crop] = int(3e9 + slope * crop**2 + 1e6 * crop)
+        return sizes[crop]
+
+    crop = plans.longest(size, 7e10, 64, 768)
+    assert crop % 64 == 0
+    assert len(sizes) <= 5
+    assert sizes[crop] <= 7e10 < sizes[crop + 64]
+
+
+@needs_aot
+def test_plans_tell_what_fits(monkeypatch):
+    monkeypatch.setattr(plans, "_bytes", lambda crop, way, devices: {"temporaries": 2**30, "total": int(crop * 2**27)})
+    row = plans._row(768, "all")
+    assert (row["total"], row["fits h100"], row["fits h200"]) == (96, False, True)
+    found = plans._longest_row("h100", "all", 1)
+    assert (found["longest crop"], found["total"], found["room"]) == (576, 72, 72.81)
+    names = [item.name for item in plans.items()]
+    assert len(set(names)) == len(names) == 4 * 6 + 2 * 4
 
 
 def test_the_laptops_config_is_the_tours():
