@@ -53,6 +53,9 @@ SHARED = {
     "sampling_steps": 100,
 }
 STALL_STEPS = 20
+NOISE = (2, 8, 40, 160, 640)
+"""Å; AlphaFold3 trains on 16 exp(-1.2 + 1.5 n) and samples from 2560."""
+DRAWS = 32
 
 
 def items() -> Iterator[Item]:
@@ -68,6 +71,17 @@ def items() -> Iterator[Item]:
             settings=_settings(config),
             run=lambda name=name, what=what: _overfit_row(name, what),
             seeds=(config.seed,),
+        )
+    for name in CROPS:
+        yield Item(
+            name=f"hand {name}",
+            table=(
+                f"Share of {DRAWS} denoised structures that have the hand of what was noised, the truth or its mirror "
+                "image, by noise (measured)"
+            ),
+            settings={**_settings(_config(name)), "noise": NOISE, "draws": DRAWS},
+            run=lambda name=name: _hand_row(name),
+            seeds=(0,),
         )
     yield Item(
         name="data stall",
@@ -126,6 +140,47 @@ def _overfit_row(name: str, what: str, **changes: Any) -> dict[str, Any]:
         "first loss": report.metrics["first_loss"],
         "last loss": report.metrics["final_loss"],
     }
+
+
+def _hand_row(name: str) -> dict[str, Any]:
+    """With the averaged weights that the run ended with."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxlab.megafold.geometry import weighted_rigid_align
+    from jaxlab.megafold.modules import AlphaFold3
+    from jaxlab.megafold.study import Study, load_weights
+
+    config = _config(name)
+    network, params = load_weights(config.folder)
+    with Study(config, config.folder).feed() as batches:
+        batch = next(batches)
+    model, variables = AlphaFold3(network), {"params": params}
+    weight = jnp.asarray(batch["resolved"][0] & batch["atom_mask"][0], jnp.float32)
+    truth = jnp.asarray(batch["coords"][0])
+    truth = (truth - weight @ truth / jnp.sum(weight)) * weight[:, None]
+    mirror = truth * jnp.array([-1.0, 1.0, 1.0])
+
+    def distance(structure, target):
+        return jnp.sum(weight @ (weighted_rigid_align(structure, target, weight) - target) ** 2)
+
+    @jax.jit
+    def same_hand(given, other, level, key):
+        """The share of structures denoised from `given` that are nearer to it than to `other`."""
+        trunk = model.apply(variables, batch, recycles=network.recycles, method="trunk")
+        noisy = given + level * jax.random.normal(key, (1, DRAWS, *given.shape))
+        levels = jnp.full((1, DRAWS), level)
+        denoised = model.apply(variables, batch, trunk, noisy, levels, method="denoise")[0]
+        nearer = jax.vmap(lambda x: distance(x, given) < distance(x, other))(denoised)
+        return jnp.mean(nearer)
+
+    key = jax.random.key(config.seed)
+    row: dict[str, Any] = {"structure": name}
+    for what, given, other in (("truth", truth, mirror), ("mirror image", mirror, truth)):
+        for level in NOISE:
+            row[f"{what}, {level} Å"] = float(np.asarray(same_hand(given, other, jnp.float32(level), key)))
+    return row
 
 
 def _stall_row() -> dict[str, Any]:
