@@ -95,11 +95,12 @@ from jaxlab.megafold import recipe
 report = recipe.run(recipes.load(recipe.run, "configs/megafold/laptop.yaml"))
 plots = dict(report.plots)
 for name, value in report.metrics.items():
-    print(f"{name:34}{value:.4g}")
+    print(f"{name:36}{value:.4g}")
 
 # %% [markdown]
 # Samples start from noise; the trained network's first guess, chosen by its own confidence, is drawn over the truth's
-# frame. Colours are its confidence, as AlphaFold shows it.
+# frame. Colours are its confidence, as AlphaFold shows it. So short a training teaches no hand: a sample may be the mirror
+# image, which distances cannot tell and the title does.
 
 # %%
 name = report.tables[0][2][0][0]
