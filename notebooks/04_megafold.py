@@ -99,8 +99,8 @@ for name, value in report.metrics.items():
 
 # %% [markdown]
 # Samples start from noise; the trained network's first guess, chosen by its own confidence, is drawn over the truth's
-# frame. Colours are its confidence, as AlphaFold shows it. So short a training teaches no hand: a sample may be the mirror
-# image, which distances cannot tell and the title does.
+# frame. Colours are its confidence, as AlphaFold shows it. So short a training teaches no hand: a sample may be the
+# mirror image, which distances cannot tell and the title does.
 
 # %%
 name = report.tables[0][2][0][0]
