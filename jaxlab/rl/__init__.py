@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from jaxlab.rl.entropy_stop import EntropyZScoreStop
     from jaxlab.rl.grpo import GRPOTrainer, TrainResult
     from jaxlab.rl.losses import aggregate, kl_penalty, policy_loss
-    from jaxlab.rl.rewards import combine_rewards, exact_match, format_reward, math_reward, reasoning_gym_reward
+    from jaxlab.rl.rewards import (
+        combine_rewards,
+        exact_match,
+        format_reward,
+        guarded,
+        math_reward,
+        reasoning_gym_reward,
+    )
     from jaxlab.rl.sfpo import make_pass, sfpo, sfpo_update
 
 __all__ = [
@@ -36,6 +43,7 @@ __all__ = [
     "compute_advantages",
     "exact_match",
     "format_reward",
+    "guarded",
     "kl_penalty",
     "make_pass",
     "math_reward",
@@ -53,7 +61,14 @@ __getattr__, __dir__ = lazy.attach(
         "entropy_stop": ("EntropyZScoreStop",),
         "grpo": ("GRPOTrainer", "TrainResult"),
         "losses": ("aggregate", "kl_penalty", "policy_loss"),
-        "rewards": ("combine_rewards", "exact_match", "format_reward", "math_reward", "reasoning_gym_reward"),
+        "rewards": (
+            "combine_rewards",
+            "exact_match",
+            "format_reward",
+            "guarded",
+            "math_reward",
+            "reasoning_gym_reward",
+        ),
         "sfpo": ("make_pass", "sfpo", "sfpo_update"),
     },
 )
