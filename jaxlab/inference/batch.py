@@ -148,6 +148,7 @@ class Batch:
         tokenizer: Any = None,
         mesh: Mesh | None = None,
         processor: LogitProcessor | None = None,
+        prompt_length: int | None = None,
     ):
         n = _sample_count(n)
         if sampling.temperature > 0 and rng is None:
@@ -168,10 +169,14 @@ class Batch:
         self.stopped = np.zeros(self.count, bool)
         self._model, self._params, self._mesh = model, params, mesh
         self._static = {"processor": processor, "replicated": mesh and NamedSharding(mesh, PartitionSpec())}
-        self._arrays(ids, n, rng, sampling)
-
-    def _arrays(self, ids: list[np.ndarray], n: int, rng: Array | None, sampling: SamplingParams) -> None:
         longest = max(map(len, ids))
+        if prompt_length is not None and prompt_length < longest:
+            raise ValueError(f"prompt_length: expected at least the longest prompt's {longest}, got {prompt_length}")
+        self._arrays(ids, n, rng, sampling, prompt_length or longest)
+
+    def _arrays(
+        self, ids: list[np.ndarray], n: int, rng: Array | None, sampling: SamplingParams, longest: int
+    ) -> None:
         spread = 1 if self._mesh is None else self._mesh.shape.get("data", 1) * self._mesh.shape.get("fsdp", 1)
         rows = spread * _bucket(-(-self.count // spread))
         shape = (spread * _bucket(-(-len(ids) // spread)), _bucket(longest, 16))

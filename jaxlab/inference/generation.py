@@ -50,6 +50,7 @@ def generate(
     tokenizer: Any = None,
     mesh: Mesh | None = None,
     logit_processor: LogitProcessor | None = None,
+    prompt_length: int | None = None,
 ) -> Generation:
     """Continues prompts.
 
@@ -70,14 +71,25 @@ def generate(
         logit_processor: `(logits[R,V], tokens[R,N], lengths[R]) -> logits[R,V]`, before the temperature; it sees the
             tokens generated so far (0 after them) and how many they are. R and N are the bucketed sizes. It runs under
             jit, and another function object compiles anew: define it once.
+        prompt_length: makes room for prompts of so many tokens, so that later calls with longer ones compile nothing;
+            None: of the longest of these.
 
     Raises:
         ValueError: no prompts, an empty prompt, an id outside [0, V), prompt + max_tokens over
-            max_position_embeddings, n < 1, or temperature > 0 without rng.
+            max_position_embeddings, n < 1, a prompt over prompt_length, or temperature > 0 without rng.
         TypeError: text prompts or stop strings without a tokenizer.
     """
     batch = Batch(
-        model, params, prompts, sampling, n=n, rng=rng, tokenizer=tokenizer, mesh=mesh, processor=logit_processor
+        model,
+        params,
+        prompts,
+        sampling,
+        n=n,
+        rng=rng,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        processor=logit_processor,
+        prompt_length=prompt_length,
     )
     reader = None if tokenizer is None else RowText(tokenizer, sampling.stop, batch.stop_ids)
     by_text = reader is not None and bool(sampling.stop)

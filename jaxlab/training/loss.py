@@ -120,8 +120,8 @@ def chunked_cross_entropy(
     Left to itself XLA would gather the head, and reduce its gradient, once a chunk instead of once.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows = _auto_axes(mesh, BATCH_AXES, targets.shape[0])
-    columns = _auto_axes(mesh, ("sequence",), targets.shape[1])
+    rows = auto_axes(mesh, BATCH_AXES, targets.shape[0])
+    columns = auto_axes(mesh, ("sequence",), targets.shape[1])
     length = targets.shape[1] // math.prod(mesh.shape[axis] for axis in columns)
     tokens = length * targets.shape[0] // math.prod(mesh.shape[axis] for axis in rows)
     vocabulary_shards = 1 if mesh.empty else mesh.shape.get("tensor", 1)
@@ -143,7 +143,7 @@ def chunked_cross_entropy(
     return jnp.sum(sums[0]), jnp.sum(sums[1])
 
 
-def _auto_axes(mesh: Any, names: Sequence[str], size: int) -> tuple[str, ...]:
+def auto_axes(mesh: Any, names: Sequence[str], size: int) -> tuple[str, ...]:
     """The named axes of a mesh over which XLA itself lays arrays out; none if together they do not divide `size`."""
     axes = tuple(
         axis

@@ -183,6 +183,11 @@ def test_a_known_bucket_compiles_nothing(model, params, tokenizer):
         return generate(model, params, prompts, SamplingParams(**{"max_tokens": 10, **sampling}), rng=KEY)
 
     run(params, PROMPTS)
+    longest = max(map(len, PROMPTS))
+    with pytest.raises(ValueError, match=rf"prompt_length: expected at least the longest prompt's {longest}, got 1"):
+        generate(model, params, PROMPTS, SamplingParams(temperature=0), prompt_length=1)
+    roomy = SamplingParams(max_tokens=4)
+    short = generate(model, params, [[1], [2], [3]], roomy, rng=KEY, prompt_length=20)
     other = jax.tree.map(lambda leaf: leaf * 0.5, params)
     jax.block_until_ready(other)
     with count_compilations() as compiled:
@@ -190,7 +195,9 @@ def test_a_known_bucket_compiles_nothing(model, params, tokenizer):
         run(params, [[1] * 6, [2], [3, 4]])
         run(params, [[1], [2] * 5, [3, 4], [7]], temperature=0.0)
         run(params, PROMPTS, temperature=0.3, top_k=5, min_p=0.1, stop_ids=(3, 4), max_tokens=9)
+        generate(model, params, [[1] * 20, [2], [3]], roomy, rng=KEY, prompt_length=20)
     assert compiled.count == 0
+    np.testing.assert_array_equal(short.tokens, generate(model, params, [[1], [2], [3]], roomy, rng=KEY).tokens)
 
 
 def test_laid_out_weights_give_the_same_tokens(model, params, sparse):
