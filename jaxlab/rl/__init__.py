@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         math_reward,
         reasoning_gym_reward,
     )
-    from jaxlab.rl.sfpo import make_pass, sfpo, sfpo_update
+    from jaxlab.rl.slow_fast import make_pass, sfpo, sfpo_update
 
 __all__ = [
     "EntropyZScoreStop",
@@ -69,6 +69,6 @@ __getattr__, __dir__ = lazy.attach(
             "math_reward",
             "reasoning_gym_reward",
         ),
-        "sfpo": ("make_pass", "sfpo", "sfpo_update"),
+        "slow_fast": ("make_pass", "sfpo", "sfpo_update"),
     },
 )

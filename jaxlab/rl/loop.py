@@ -24,7 +24,7 @@ from jaxlab.rl.config import GRPOConfig, SFPOConfig
 from jaxlab.rl.entropy_stop import EntropyZScoreStop
 from jaxlab.rl.losses import kl_penalty, policy_terms
 from jaxlab.rl.rollout import LogpFunction, Rollout, RolloutFunction, with_signal
-from jaxlab.rl.sfpo import make_pass, slow_fast
+from jaxlab.rl.slow_fast import make_pass, slow_fast
 from jaxlab.training import OptimizerConfig, TrainState, optimizer
 from jaxlab.training.sharding import batch_sharding, place_batch, place_state, state_shardings
 

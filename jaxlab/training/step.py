@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from jaxlab.training.accumulate import sum_over
 from jaxlab.training.loss import Loss, LossOutput
 from jaxlab.training.sharding import gradient_shardings, place_batch, place_state, state_shardings
 
@@ -64,16 +65,11 @@ def update_function(
         return grads if gradients_lie is None else jax.lax.with_sharding_constraint(grads, gradients_lie), out
 
     def accumulated(params, batch, rng) -> tuple[PyTree, LossOutput]:
-        def body(sums, piece):
+        def one(piece) -> tuple[PyTree, LossOutput]:
             index, rows = piece
-            new = gradients(params, rows, jax.random.fold_in(rng, index))
-            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, new), None
+            return gradients(params, rows, jax.random.fold_in(rng, index))
 
-        pieces = _pieces(batch, accumulate)
-        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda leaf: leaf[0], pieces), rng)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
-        (grads, out), _ = jax.lax.scan(body, zeros, (jnp.arange(accumulate), pieces))
-        return grads, out
+        return sum_over(one, (jnp.arange(accumulate), _pieces(batch, accumulate)))
 
     def update(state, batch):
         rng = jax.random.fold_in(state.rng, state.step)
