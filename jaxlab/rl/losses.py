@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Bool, Float, Real
 
 from jaxlab.rl.config import AGGREGATIONS, KL_KINDS, Aggregation, check_choice, check_clip
 
@@ -18,7 +18,7 @@ _EXPONENT = 20.0  # log-ratios are clamped to this before exp (verl)
 _K3_BOUND = 10.0  # and the k3 estimate to this
 
 Tokens = Float[Array | np.ndarray, "B T"]
-Mask = Real[Array | np.ndarray, "B T"]
+Mask = Real[Array | np.ndarray, "B T"] | Bool[Array | np.ndarray, "B T"]
 
 
 @struct.dataclass

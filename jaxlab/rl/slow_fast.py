@@ -50,9 +50,8 @@ class SFPOState(NamedTuple):
 
 def _check(inner_steps: int, alpha: Any, state_policy: str, allow_extrapolation: bool) -> None:
     check_choice("state_policy", state_policy, STATE_POLICIES)
-    check_update(
-        inner_steps, 0.0 if isinstance(alpha, jax.core.Tracer) else alpha, allow_extrapolation=allow_extrapolation
-    )
+    known = 0.0 if isinstance(alpha, jax.core.Tracer) else float(alpha)
+    check_update(inner_steps, known, allow_extrapolation=allow_extrapolation)
 
 
 def _is_mean(leaf: Any) -> bool:
@@ -63,6 +62,13 @@ def _select(condition: Any, chosen: PyTree, otherwise: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)
 
 
+def _rounded(x: Array, dtype: Any, wide: Any) -> Array:
+    """What `dtype` can hold of x, as `wide`. Of a cast there and back XLA may think nothing (excess precision)."""
+    precision = jnp.finfo(dtype)
+    x = x.astype(wide)
+    return x if dtype == wide else jax.lax.reduce_precision(x, precision.nexp, precision.nmant)
+
+
 def _reposition(slow: PyTree, fast: PyTree, alpha: Any) -> PyTree:
     """The point slow + alpha * (fast - slow), in f32 at least; exact at alpha 0 and 1, and where nothing has moved."""
 
@@ -70,8 +76,9 @@ def _reposition(slow: PyTree, fast: PyTree, alpha: Any) -> PyTree:
         if not jnp.issubdtype(fast.dtype, jnp.inexact):
             return fast
         wide = jnp.promote_types(fast.dtype, jnp.float32)
-        start, end, part = slow.astype(wide), fast.astype(wide), jnp.asarray(alpha, wide)
-        return jnp.where((part == 1) | (start == end), end, start + part * (end - start)).astype(fast.dtype)
+        start, end, part = slow.astype(wide), _rounded(fast, fast.dtype, wide), jnp.asarray(alpha, wide)
+        point = jnp.where((part == 1) | (start == end), end, start + part * (end - start))
+        return _rounded(point, fast.dtype, wide).astype(fast.dtype)
 
     return jax.tree.map(one, slow, fast)
 
@@ -98,8 +105,9 @@ def sfpo(
     the first update of a cycle: an inactive cycle is one plain pass of `updates_per_pass` updates, never alpha = 0,
     which with a stateful optimiser is something else. Other extra arguments go to `inner`.
 
-    Numbers equal those of `sfpo_update`, except that Optax adds updates to parameters: a weight that the jump takes to
-    less than half its size, or through 0, is off by up to half a unit in the last place of the larger of the two.
+    It is the arithmetic of `sfpo_update`, bit for bit (two compiled programs may round differently), except that Optax
+    adds updates to parameters: a weight that the jump takes to less than half its size, or through 0, is off by up to
+    half a unit in the last place of what is added.
 
     Args:
       inner: the optimiser of every update, clipping and weight decay included.
@@ -145,7 +153,9 @@ def sfpo(
 
         def landed(update, param, target):
             wide = jnp.promote_types(jnp.result_type(update, param), jnp.float32)
-            return jnp.where(landing, target.astype(wide) - param.astype(wide), update.astype(wide))
+            target, param = target.astype(wide), param.astype(wide)
+            way = jnp.where(target == param, 0, target - param)  # infinities included
+            return jnp.where(landing, way, update.astype(wide))
 
         updates = jax.tree.map(landed, updates, params, target)
         if resets:
