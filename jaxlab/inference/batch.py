@@ -174,9 +174,7 @@ class Batch:
             raise ValueError(f"prompt_length: expected at least the longest prompt's {longest}, got {prompt_length}")
         self._arrays(ids, n, rng, sampling, prompt_length or longest)
 
-    def _arrays(
-        self, ids: list[np.ndarray], n: int, rng: Array | None, sampling: SamplingParams, longest: int
-    ) -> None:
+    def _arrays(self, ids: list[np.ndarray], n: int, rng: Array | None, sampling: SamplingParams, longest: int) -> None:
         spread = 1 if self._mesh is None else self._mesh.shape.get("data", 1) * self._mesh.shape.get("fsdp", 1)
         rows = spread * _bucket(-(-self.count // spread))
         shape = (spread * _bucket(-(-len(ids) // spread)), _bucket(longest, 16))

@@ -43,6 +43,7 @@ class GRPOTrainer(PolicyTrainer):
         mesh: Mesh | None = None,
         ref_params: PyTree | None = None,
         folder: str | os.PathLike | None = None,
+        reward_weights: Sequence[float] | None = None,
         tx: optax.GradientTransformation | None = None,
         callback: Callable[[Any, dict[str, float]], None] | None = None,
         allow_changes: bool = False,
@@ -52,7 +53,7 @@ class GRPOTrainer(PolicyTrainer):
         Args:
             model: a `Decoder`.
             params: its parameters, f32 masters for small learning rates. They are copied.
-            reward_fns: `fn(prompts, completions, **columns) -> list[float | None]`, summed.
+            reward_fns: `fn(prompts, completions, **columns) -> list[float | None]`, as in `combine_rewards`.
             config: of the run.
             train_data: dicts with "prompt", a text or a list of chat messages, and the columns that rewards read.
             tokenizer: of `load_tokenizer`.
@@ -60,6 +61,7 @@ class GRPOTrainer(PolicyTrainer):
                 makes the same call.
             ref_params: of the reference policy; None: `params`, where `config.beta` > 0.
             folder: for `metrics.jsonl`, TensorBoard events and checkpoints; a run found there goes on.
+            reward_weights: a factor for each reward function; None: 1 each.
             tx: the optimiser; None: AdamW from `config`.
             callback: called after each step with the trainer and the step's numbers.
             allow_changes: go on from a checkpoint of another config.
@@ -68,7 +70,9 @@ class GRPOTrainer(PolicyTrainer):
             ValueError: an argument that cannot work; it is named.
         """
         self._model, self._tokenizer = model, tokenizer
-        rollouts = TextRollouts(model, tokenizer, reward_fns, config, train_data, mesh=mesh)
+        rollouts = TextRollouts(
+            model, tokenizer, reward_fns, config, train_data, reward_weights=reward_weights, mesh=mesh
+        )
         logps = functools.partial(
             text_logps, model, length=config.max_completion_length, temperature=config.temperature
         )

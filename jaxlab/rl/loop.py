@@ -1,8 +1,6 @@
 """The loop of policy optimisation: roll out, score, update, log, checkpoint; for rollouts of any kind."""
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import time
@@ -22,7 +20,7 @@ from jaxlab import core
 from jaxlab.rl.advantages import compute_advantages
 from jaxlab.rl.config import GRPOConfig, SFPOConfig
 from jaxlab.rl.entropy_stop import EntropyZScoreStop
-from jaxlab.rl.losses import kl_penalty, policy_terms
+from jaxlab.rl.losses import policy_terms
 from jaxlab.rl.rollout import LogpFunction, Rollout, RolloutFunction, with_signal
 from jaxlab.rl.slow_fast import make_pass, slow_fast
 from jaxlab.training import OptimizerConfig, TrainState, optimizer
@@ -232,9 +230,7 @@ class PolicyTrainer:
     ) -> tuple[TrainState, dict[str, Array]]:
         """All passes of a step."""
         config, sfpo = self.config, self._sfpo
-        one_pass = make_pass(
-            self._loss, self._tx, mini_batches=config.mini_batches, micro_batches=config.micro_batches
-        )
+        one_pass = make_pass(self._loss, self._tx, mini_batches=config.mini_batches, micro_batches=config.micro_batches)
         params, opt_state, metrics = slow_fast(
             one_pass,
             state.params,
@@ -283,9 +279,7 @@ class PolicyTrainer:
         if self._mesh is None:
             return rows
         mesh = self._mesh
-        return jax.tree.map(
-            lambda leaf: jax.lax.with_sharding_constraint(leaf, batch_sharding(mesh, leaf.shape)), rows
-        )
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, batch_sharding(mesh, leaf.shape)), rows)
 
     def _placed(self, params: PyTree, key: Array) -> tuple[TrainState, Any]:
         """The state before the first step, in memory of its own."""

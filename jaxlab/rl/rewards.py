@@ -207,7 +207,7 @@ class _Guarded:
 
     def __init__(self, fn: RewardFn, timeout_s: float, on_failure: float | str | None):
         self._fn, self._timeout_s, self._on_failure = fn, timeout_s, on_failure
-        self.__name__ = _name(fn)
+        self.__name__ = function_name(fn)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float | None]:
         _check_rows(self.__name__, prompts, completions, columns)
@@ -237,7 +237,7 @@ def _call_row(fn: RewardFn, item: tuple[int, str, str, dict[str, Any]]) -> tuple
     row, prompt, completion, columns = item
     try:
         rewards = fn([prompt], [completion], **{name: [value] for name, value in columns.items()})
-        return _checked(_name(fn), rewards, 1, first=row)[0], None
+        return _checked(function_name(fn), rewards, 1, first=row)[0], None
     except Exception as error:
         error.add_note(f"In row {row}, in a worker process:\n{traceback.format_exc()}")
         try:
@@ -269,30 +269,45 @@ def combine_rewards(
       ValueError: different lengths, a column that a function needs and the data lack, rewards of the wrong number or
         that are NaN or infinite, or a row for which all functions return None. The message names the function.
     """
+    factors = factors_of(weights, len(reward_fns))
+    table = reward_table(reward_fns, prompts, completions, **columns)
+    import jax.numpy as jnp
+
+    return jnp.asarray(np.nansum(table * factors[:, None], axis=0), jnp.float32)
+
+
+def factors_of(weights: Sequence[float] | None, count: int) -> np.ndarray:
+    """The factors of `count` reward functions, 1 each where there are no weights.
+
+    Raises:
+      ValueError: another number of them, or one that is not finite.
+    """
+    factors = np.ones(count) if weights is None else np.asarray(weights, np.float64)
+    if factors.shape != (count,) or not np.isfinite(factors).all():
+        raise ValueError(f"weights: expected a finite number for each of {count} functions, got {weights}")
+    return factors
+
+
+def reward_table(
+    reward_fns: Sequence[RewardFn], prompts: Sequence[str], completions: Sequence[str], **columns: Sequence
+) -> np.ndarray:
+    """What each function gives each row, float64 `[F,B]`, NaN for None; takes and raises what `combine_rewards` does."""
     _check_rows("combine_rewards", prompts, completions, columns)
     if not reward_fns:
         raise ValueError("reward_fns: expected at least one reward function, got none")
-    weights = [1.0] * len(reward_fns) if weights is None else weights
-    if len(weights) != len(reward_fns) or not np.isfinite(weights).all():
-        raise ValueError(f"weights: expected a finite number for each of {len(reward_fns)} functions, got {weights}")
-    total, rewarded = np.zeros(len(completions)), np.zeros(len(completions), bool)
-    for fn, weight in zip(reward_fns, weights):
-        for row, reward in enumerate(_rewards(fn, prompts, completions, columns)):
-            if reward is not None:
-                total[row] += weight * reward
-                rewarded[row] = True
-    if not rewarded.all():
-        names = ", ".join(_name(fn) for fn in reward_fns)
-        raise ValueError(f"row {np.argmin(rewarded)}: no reward, for every reward function returned None ({names})")
-    import jax.numpy as jnp
-
-    return jnp.asarray(total, jnp.float32)
+    rows = [_rewards(fn, prompts, completions, columns) for fn in reward_fns]
+    table = np.array([[np.nan if reward is None else reward for reward in row] for row in rows], np.float64)
+    missing = np.isnan(table).all(axis=0)
+    if missing.any():
+        names = ", ".join(function_name(fn) for fn in reward_fns)
+        raise ValueError(f"row {np.argmax(missing)}: no reward, for every reward function returned None ({names})")
+    return table
 
 
-def _name(fn: Any) -> str:
+def function_name(fn: Any) -> str:
     """What errors call a reward function."""
     if isinstance(fn, functools.partial):
-        return _name(fn.func)
+        return function_name(fn.func)
     return getattr(fn, "__name__", type(fn).__name__)
 
 
@@ -309,8 +324,8 @@ def _rewards(
     except _Fault:
         raise
     except Exception as error:
-        raise RuntimeError(f"reward function {_name(fn)} raised {error!r}") from error
-    return _checked(_name(fn), rewards, len(completions))
+        raise RuntimeError(f"reward function {function_name(fn)} raised {error!r}") from error
+    return _checked(function_name(fn), rewards, len(completions))
 
 
 def _columns_for(fn: RewardFn, columns: Mapping[str, Sequence]) -> dict[str, Sequence]:
@@ -322,7 +337,8 @@ def _columns_for(fn: RewardFn, columns: Mapping[str, Sequence]) -> dict[str, Seq
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in columns:
             raise _Fault(
-                f"{_name(fn)}: needs the column {parameter.name!r}; the data have {', '.join(columns) or 'none'}"
+                f"{function_name(fn)}: needs the column {parameter.name!r}; "
+                f"the data have {', '.join(columns) or 'none'}"
             )
     return {parameter.name: columns[parameter.name] for parameter in named if parameter.name in columns}
 

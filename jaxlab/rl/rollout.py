@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxlab.inference import SamplingParams, generate
 from jaxlab.rl.config import GRPOConfig
 from jaxlab.rl.logps import TextInputs, TokenLogps
-from jaxlab.rl.rewards import reward_rows
+from jaxlab.rl.rewards import RewardFn, factors_of, function_name, reward_table
 
 
 @struct.dataclass
@@ -55,18 +55,19 @@ LogpFunction = Callable[[PyTree, PyTree], TokenLogps]
 class TextRollouts:
     """Completions of a data set's prompts by `generate`, scored by reward functions.
 
-    Every draw takes the next `prompts_per_step` prompts of an order that a seed decides, shuffled anew each time the data
-    is through. Rewards are computed by the first process, and shared.
+    Every draw takes the next `prompts_per_step` prompts of an order that a seed decides, shuffled anew each time the
+    data is through. Rewards are computed by the first process, and shared.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        reward_fns: Sequence[Callable[..., Any]],
+        reward_fns: Sequence[RewardFn],
         config: GRPOConfig,
         data: Sequence[Mapping[str, Any]],
         *,
+        reward_weights: Sequence[float] | None = None,
         mesh: Mesh | None = None,
     ):
         """Reads and checks all prompts.
@@ -77,6 +78,7 @@ class TextRollouts:
             reward_fns: as in `combine_rewards`.
             config: sizes and sampling.
             data: dicts with "prompt", a text or a list of chat messages, and the columns that rewards read.
+            reward_weights: a factor for each reward function; None: 1 each.
             mesh: as for `generate`.
 
         Raises:
@@ -86,6 +88,7 @@ class TextRollouts:
         if not reward_fns:
             raise ValueError("reward_fns: expected at least one function, got none")
         self._model, self._tokenizer, self._reward_fns = model, tokenizer, tuple(reward_fns)
+        self._weights = factors_of(reward_weights, len(reward_fns))
         self._config, self._mesh = config, mesh
         self._data = checked_data(data)
         self._prompts = [prompt_text(tokenizer, row["prompt"]) for row in self._data]
@@ -99,8 +102,8 @@ class TextRollouts:
             raise ValueError(f"train_data[{index}]: expected a prompt of at least one token, got {prompt!r}")
         if ids.size > limit and not self._config.truncate_prompts:
             raise ValueError(
-                f"train_data[{index}]: expected a prompt of at most max_prompt_length = {limit} tokens, got {ids.size}; "
-                "truncate_prompts=True cuts it at its beginning"
+                f"train_data[{index}]: expected a prompt of at most max_prompt_length = {limit} tokens, got "
+                f"{ids.size}; truncate_prompts=True cuts it at its beginning"
             )
         return ids[-limit:]
 
@@ -160,17 +163,16 @@ class TextRollouts:
 
     def _rewards(self, sources: Sequence[int], texts: Sequence[str]) -> tuple[np.ndarray, dict[str, float]]:
         def score() -> np.ndarray:
-            columns = {
-                name: [self._data[row][name] for row in sources] for name in self._data[0] if name != "prompt"
-            }
+            columns = {name: [self._data[row][name] for row in sources] for name in self._data[0] if name != "prompt"}
             prompts = [self._prompts[row] for row in sources]
-            return reward_rows(self._reward_fns, prompts, list(texts), **columns)
+            return reward_table(self._reward_fns, prompts, list(texts), **columns)
 
         table = shared_by_first(score, (len(self._reward_fns), len(sources)))
-        names = [getattr(fn, "__name__", type(fn).__name__) for fn in self._reward_fns]
-        several = len(names) > 1
-        metrics = {f"reward/{name}": float(np.nanmean(row)) for name, row in zip(names, table)} if several else {}
-        return np.asarray(np.nansum(table, axis=0), np.float32), metrics
+        rewards = np.asarray(np.nansum(table * self._weights[:, None], axis=0), np.float32)
+        if len(table) == 1:
+            return rewards, {}
+        given = [(function_name(fn), row[~np.isnan(row)]) for fn, row in zip(self._reward_fns, table)]
+        return rewards, {f"reward/{name}": float(row.mean()) for name, row in given if row.size}
 
 
 def prompt_text(tokenizer: Any, prompt: Any) -> str:
