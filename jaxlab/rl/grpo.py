@@ -27,8 +27,8 @@ class GRPOTrainer(PolicyTrainer):
         trainer = GRPOTrainer(model, params, [math_reward], GRPOConfig(sfpo=SFPOConfig()), data, tokenizer)
         params, history = trainer.train()
 
-    In the first pass over a batch the loss is about 0 whatever the rewards, since advantages are centred; progress shows
-    in `reward`, and whether there is a gradient in `grad_norm` and `zero_variance_fraction`.
+    In the first pass over a batch the loss is about 0 whatever the rewards, since advantages are centred; progress
+    shows in `reward`, and whether there is a gradient in `grad_norm` and `zero_variance_fraction`.
     """
 
     def __init__(

@@ -291,7 +291,7 @@ def factors_of(weights: Sequence[float] | None, count: int) -> np.ndarray:
 def reward_table(
     reward_fns: Sequence[RewardFn], prompts: Sequence[str], completions: Sequence[str], **columns: Sequence
 ) -> np.ndarray:
-    """What each function gives each row, float64 `[F,B]`, NaN for None; takes and raises what `combine_rewards` does."""
+    """What each function gives each row, `[F,B]`, NaN for None; takes and raises what `combine_rewards` does."""
     _check_rows("combine_rewards", prompts, completions, columns)
     if not reward_fns:
         raise ValueError("reward_fns: expected at least one reward function, got none")
