@@ -99,14 +99,14 @@ def chunk_of(x: Array) -> int:
     return max(256, 2 * x.shape[1])
 
 
-def over_rows(rows: int, chunk: int, body: Callable[..., Any], carry: Any) -> Any:
+def over_rows(rows: int, chunk: int, body: Callable[..., Any], carry: Any, *, multiple: int = 1) -> Any:
     """Folds `body(at, size, fresh, carry)` over chunks [at, at + size) of the rows.
 
     Chunks are of one size, so the last may begin within the one before it: `fresh[size]` is False for rows that a sum
-    has already.
+    has already. Their size is a `multiple`, of which `chunk` is one too, where there are several.
     """
     parts = -(-rows // chunk)
-    size = -(-rows // parts)
+    size = min(rows, -(-rows // (parts * multiple)) * multiple)
 
     def step(i, carry):
         at = jnp.minimum(i * size, rows - size)
