@@ -1,8 +1,8 @@
 """The kernels as docs/kernels.md shows them: inputs for this CPU and for GPUs, oracles, peers."""
 
-from benchmarks.kernel_ops import adam, attention, experts, fusions, packed, triangle
+from benchmarks.kernel_ops import adam, attention, experts, fusions, logprobs, packed, triangle
 from benchmarks.kernel_ops.op import Op
 
 __all__ = ["OPS", "Op"]
 
-OPS = (*experts.OPS, *attention.OPS, *triangle.OPS, *packed.OPS, *adam.OPS, *fusions.OPS)
+OPS = (*experts.OPS, *attention.OPS, *triangle.OPS, *packed.OPS, *adam.OPS, *logprobs.OPS, *fusions.OPS)

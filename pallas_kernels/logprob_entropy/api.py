@@ -57,7 +57,8 @@ def logprob_entropy(
     backward pass keeps the arguments, entropy and lse, and makes the logits again.
 
     Differentiable in hidden, head and temperature through each of the three results. Usable under `jit`,
-    `jax.checkpoint` and `shard_map`; arrays that lie over a mesh need a `shard_map`, over the rows.
+    `jax.checkpoint` and `shard_map`; arrays that lie over a mesh need a `shard_map`, over the rows. An embedding given
+    as `table.T` is copied to lie as a head does.
 
     Args:
         hidden: `[N,d]`, any floating dtype; N may be 0.
