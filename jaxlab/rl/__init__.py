@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxlab.rl.advantages import compute_advantages
     from jaxlab.rl.config import GRPOConfig, SFPOConfig
     from jaxlab.rl.entropy_stop import EntropyZScoreStop
+    from jaxlab.rl.evaluation import EvalResult, evaluate
     from jaxlab.rl.grpo import GRPOTrainer, TrainResult
     from jaxlab.rl.losses import aggregate, kl_penalty, policy_loss
     from jaxlab.rl.rewards import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EntropyZScoreStop",
+    "EvalResult",
     "GRPOConfig",
     "GRPOTrainer",
     "SFPOConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "aggregate",
     "combine_rewards",
     "compute_advantages",
+    "evaluate",
     "exact_match",
     "format_reward",
     "guarded",
@@ -59,6 +62,7 @@ __getattr__, __dir__ = lazy.attach(
         "advantages": ("compute_advantages",),
         "config": ("GRPOConfig", "SFPOConfig"),
         "entropy_stop": ("EntropyZScoreStop",),
+        "evaluation": ("EvalResult", "evaluate"),
         "grpo": ("GRPOTrainer", "TrainResult"),
         "losses": ("aggregate", "kl_penalty", "policy_loss"),
         "rewards": (

@@ -177,6 +177,12 @@ class GRPOConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a value > 0 or None, got {value}")
+        if self.importance_cap is not None and not self.recompute_old_logps:
+            raise ValueError(f"importance_cap: needs recompute_old_logps=True, got {self.importance_cap} without")
+        if self.dynamic_sampling and self.num_generations == 1:
+            raise ValueError(
+                f"dynamic_sampling: needs groups of at least 2 (num_generations), got {self.dynamic_sampling}"
+            )
         if self.overlong_buffer > self.max_completion_length:
             raise ValueError(
                 f"overlong_buffer: expected at most max_completion_length = {self.max_completion_length}, "

@@ -48,7 +48,7 @@ class GRPOTrainer(PolicyTrainer):
         callback: Callable[[Any, dict[str, float]], None] | None = None,
         allow_changes: bool = False,
     ):
-        """Checks data and config; nothing is compiled yet.
+        """Checks everything and lays out the state; the step is compiled when it is first made.
 
         Args:
             model: a `Decoder`.
@@ -59,12 +59,12 @@ class GRPOTrainer(PolicyTrainer):
             tokenizer: of `load_tokenizer`.
             mesh: axes `data` and `fsdp` share the sequences, `fsdp` and `tensor` the parameters; every process of it
                 makes the same call.
-            ref_params: of the reference policy; None: `params`, where `config.beta` > 0.
+            ref_params: of the reference policy; None: `params`, where `config.beta` > 0, else none.
             folder: for `metrics.jsonl`, TensorBoard events and checkpoints; a run found there goes on.
             reward_weights: a factor for each reward function; None: 1 each.
             tx: the optimiser; None: AdamW from `config`.
-            callback: called after each step with the trainer and the step's numbers.
-            allow_changes: go on from a checkpoint of another config.
+            callback: called after each step with the trainer and the step's numbers, in every process.
+            allow_changes: go on from a checkpoint of another config; the stop rule's window must be the same.
 
         Raises:
             ValueError: an argument that cannot work; it is named.
@@ -93,6 +93,9 @@ class GRPOTrainer(PolicyTrainer):
         )
 
     def export(self, folder: str | os.PathLike) -> Path:
-        """Writes the policy as it is now, and its tokenizer, as a Hugging Face folder; the run goes on."""
+        """Writes the policy as it is now, and its tokenizer, as a Hugging Face folder; the run goes on.
+
+        Every process calls it, the first one writes.
+        """
         save_pretrained(folder, self._model, self.params, tokenizer=self._tokenizer)
         return Path(folder)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 from pallas_kernels.logprob_entropy import logprob_entropy
 
 from jaxlab.models.decoder import head_weight
@@ -20,12 +20,12 @@ class TextInputs:
     """Prompts with their completions, one a row, right-padded.
 
     Attributes:
-        tokens: `[B,S]` int32, a prompt, its completion, and anything after it.
+        tokens: `[B,S]` int32, a prompt, its completion, and after it any ids.
         starts: `[B]` int32, tokens of the prompt, at least 1.
     """
 
-    tokens: Int[Array, "B S"]
-    starts: Int[Array, " B"]
+    tokens: Any
+    starts: Any
 
 
 class TokenLogps(NamedTuple):

@@ -1,10 +1,11 @@
 """The loop of policy optimisation: roll out, score, update, log, checkpoint; for rollouts of any kind."""
 
 import contextlib
-import json
+import functools
+import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PyTree
 
 from jaxlab import core
 from jaxlab.rl.advantages import compute_advantages
+from jaxlab.rl.batch import UpdateBatch, loss_mask, rollout_numbers, shaped_rewards
 from jaxlab.rl.config import GRPOConfig, SFPOConfig
 from jaxlab.rl.entropy_stop import EntropyZScoreStop
+from jaxlab.rl.identity import check_same, identity
 from jaxlab.rl.losses import policy_terms
-from jaxlab.rl.rollout import LogpFunction, Rollout, RolloutFunction, with_signal
+from jaxlab.rl.rollout import LogpFunction, Rollout, RolloutFunction, next_batch
 from jaxlab.rl.slow_fast import make_pass, slow_fast
 from jaxlab.training import OptimizerConfig, TrainState, optimizer
-from jaxlab.training.sharding import batch_sharding, place_batch, place_state, state_shardings
-
-# What decides no number of the steps before, or only how much is kept of them.
-_FREE = ("steps", "checkpoint_every")
+from jaxlab.training.sharding import BATCH_AXES, batch_sharding, place_batch, place_state, state_shardings
 
 
 class TrainResult(NamedTuple):
@@ -37,33 +36,27 @@ class TrainResult(NamedTuple):
     history: list[dict[str, float]]
 
 
-@struct.dataclass
-class UpdateBatch:
-    """B sequences as an update takes them: rows of arrays, sharded over a mesh's data axes.
-
-    Attributes:
-        inputs: for the log-prob function.
-        mask: `[B,T]` float32.
-        old_logps: `[B,T]` float32, of the policy that drew the tokens.
-        advantages: `[B]` float32.
-        weights: `[B,T]` float32 factors of the tokens' losses, None: 1.
-        ref_logps: `[B,T]` float32 of the reference policy, None without one.
-    """
-
-    inputs: PyTree
-    mask: Any
-    old_logps: Any
-    advantages: Any
-    weights: Any
-    ref_logps: Any
-
-
 class PolicyTrainer:
     """Policy optimisation with rollouts and log-probabilities of any kind; `GRPOTrainer` is this with text.
 
     One program makes all passes of a step, whether slow-fast updates are on or off, so that nothing is compiled after
     the first step. With a folder every step is a line of `metrics.jsonl`, and a run goes on from its last checkpoint to
-    the same numbers.
+    the same numbers, bit for bit on one device.
+
+    The numbers of a step:
+
+    | name | |
+    | --- | --- |
+    | `loss`, `grad_norm`, `entropy`, `clip_fraction`, ... | means over the updates of its last pass |
+    | `kl` | from the reference policy; where there is none `approx_kl`, from the policy that drew the batch |
+    | `skipped` | updates that were not made since their gradient was not finite, in all passes |
+    | `reward`, `reward_std` | mean of the (shaped) rewards, and of the groups' deviations |
+    | `zero_variance_fraction` | groups whose rewards are all equal: they have no gradient |
+    | `all_masked` | 1 where no token counts: loss and gradient are 0 |
+    | `sampler_logp_gap` | mean distance of the trainer's log-probabilities from the sampler's |
+    | `sfpo_active` | whether the step made fast passes |
+    | `rollout_seconds`, `update_seconds` | sampling and rewards; everything else |
+    | `compilations` | programs compiled; 0 from the second step of a process on |
     """
 
     def __init__(
@@ -81,7 +74,7 @@ class PolicyTrainer:
         callback: Callable[["PolicyTrainer", dict[str, float]], None] | None = None,
         allow_changes: bool = False,
     ):
-        """Nothing is computed yet.
+        """Lays out the state; the step is compiled when it is first made.
 
         Args:
             params: of the policy. They are copied, not donated.
@@ -90,34 +83,44 @@ class PolicyTrainer:
             config: of the run.
             mesh: rows lie over its data axes, parameters by `names`.
             names: the parameters' tree with logical axis names; None replicates them on the mesh.
-            ref_params: of the reference policy; needed where `config.beta` > 0.
+            ref_params: of the reference policy; needed where `config.beta` > 0, else for the metric `kl` alone.
             tx: the optimiser; None: AdamW behind a clip of the gradient's norm, from `config`.
             folder: for metrics and checkpoints.
-            callback: called after each step with the trainer and the step's numbers.
-            allow_changes: go on from a checkpoint of another config.
+            callback: called after each step with the trainer and the step's numbers, in every process.
+            allow_changes: go on from a checkpoint of another config; the stop rule's window must be the same.
 
         Raises:
-            ValueError: `beta` > 0 without `ref_params`.
+            ValueError: `beta` > 0 without `ref_params`, several processes without a mesh, or a batch, mini-batch or
+                micro-batch whose rows the mesh's data axes do not divide.
         """
         if config.beta > 0 and ref_params is None:
             raise ValueError(f"ref_params: expected parameters, since beta = {config.beta}, got None")
+        _check_mesh(config, mesh)
         self.config, self.folder = config, None if folder is None else Path(folder)
         self._rollout, self._token_logps = rollout, token_logps
         self._mesh, self._names, self._callback, self._allow_changes = mesh, names, callback, allow_changes
         self._tx = default_optimizer(config) if tx is None else tx
         self._sfpo = config.sfpo or SFPOConfig()
-        self._stop = EntropyZScoreStop(self._sfpo.window, self._sfpo.threshold, self._sfpo.two_sided)
         self._checkpointer = None if self.folder is None else core.Checkpointer(self.folder / "checkpoints")
         self._draw = 0
-        key = core.named_key(jax.random.key(config.seed), "rollout")
-        self._state, self._shardings = self._placed(params, key)
-        self._entropies = self._stop.init()
-        self._ref_params = ref_params if config.beta > 0 else None
-        if mesh is not None and self._ref_params is not None:
+        self._state, self._shardings = self._placed(params, core.named_key(jax.random.key(config.seed), "rollout"))
+        self._ref_params = ref_params
+        if mesh is not None and ref_params is not None:
             self._ref_params = place_state(ref_params, self._shardings.params)
+        stop = EntropyZScoreStop(self._sfpo.window, self._sfpo.threshold, self._sfpo.two_sided)
+        self._entropies = stop.init()
+        self._active, self._observe = stop.active, jax.jit(stop.update)
+        self._advantages = jax.jit(
+            functools.partial(
+                compute_advantages,
+                group_size=config.num_generations,
+                kind=config.advantage_kind,
+                eps=config.advantage_eps,
+            )
+        )
+        self._score = jax.jit(self._score_function)
         where = None if mesh is None else (self._shardings, None)
         self._update = jax.jit(self._update_function, donate_argnums=0, out_shardings=where)
-        self._score = jax.jit(self._score_function)
 
     @property
     def params(self) -> PyTree:
@@ -127,8 +130,10 @@ class PolicyTrainer:
     def train(self) -> TrainResult:
         """Runs until `config.steps`, from the folder's latest checkpoint if there is one.
 
+        Called again it goes on where it is: at that checkpoint, without a folder at the last step made.
+
         Raises:
-            ValueError: the checkpoint is of another config, the first difference is named.
+            ValueError: the checkpoint is of another config, the first difference is named; or a rollout does not fit.
             FloatingPointError: a gradient is not finite and `config.nonfinite` is "raise"; its update was not made.
         """
         history: list[dict[str, float]] = []
@@ -136,73 +141,62 @@ class PolicyTrainer:
         first = int(self._state.step)
         with contextlib.nullcontext() if self.folder is None else core.MetricsLogger(self.folder) as logger:
             for index in core.progress(range(first + 1, self.config.steps + 1), "policy optimisation"):
-                row = {"step": index, **self._step()}
+                numbers = self._step(index)
                 if logger is not None:
-                    logger.log(index, {name: value for name, value in row.items() if name != "step"})
-                history.append(row)
+                    logger.log(index, numbers)
+                history.append({"step": index, **numbers})
                 every = self.config.checkpoint_every
-                if self._checkpointer is not None and (index == self.config.steps or (every and index % every == 0)):
+                if index == self.config.steps or (every and index % every == 0):
                     self._save(index)
                 if self._callback is not None:
-                    self._callback(self, row)
+                    self._callback(self, history[-1])
         return TrainResult(self._state.params, history)
 
-    def _step(self) -> dict[str, float]:
+    def _step(self, index: int) -> dict[str, float]:
         config = self.config
-        with core.count_compilations() as compiled, self._in_mesh():
+        with core.count_compilations() as compiled:
             started = time.perf_counter()
-            rollout, self._draw = with_signal(
-                self._rollout,
-                self._state.params,
-                self._state.rng,
-                self._draw,
-                group_size=config.num_generations,
-                rounds=config.dynamic_sampling,
-            )
+            state = self._state
+            rollout, self._draw = next_batch(self._rollout, state.params, state.rng, self._draw, config)
             rolled = time.perf_counter()
-            batch, numbers = self._prepared(rollout)
-            active = self._slow_fast_active()
-            self._state, metrics = self._update(self._state, batch, active)
+            active = np.asarray(config.sfpo is not None and bool(self._active(self._entropies)))
+            with self._in_mesh():
+                batch, numbers = self._prepared(rollout)
+                self._state, metrics = self._update(state, batch, active)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            self._entropies = self._stop.update(self._entropies, values["entropy"])
+            if not numbers["all_masked"]:  # it would be the entropy of nothing
+                self._entropies = self._observe(self._entropies, values["entropy"])
             updated = time.perf_counter()
-        row = {
+        if values["skipped"] and config.nonfinite == "raise":
+            raise FloatingPointError(
+                f"step {index}: {values['skipped']:.0f} gradients were not finite, their updates were not made; "
+                "config.nonfinite='skip' counts them and goes on"
+            )
+        return {
             **rollout.metrics,
             **numbers,
+            "kl": values["approx_kl"],
             **values,
             "rollout_seconds": rolled - started,
             "update_seconds": updated - rolled,
             "compilations": compiled.count,
             "sfpo_active": bool(active),
         }
-        if values["skipped"] and config.nonfinite == "raise":
-            raise FloatingPointError(
-                f"step {int(self._state.step)}: {values['skipped']:.0f} gradients were not finite, their updates were "
-                "not made; config.nonfinite='skip' counts them and goes on"
-            )
-        return row
 
     def _prepared(self, rollout: Rollout) -> tuple[UpdateBatch, dict[str, float]]:
         """What the passes need of a rollout, computed once before the first of them."""
         config = self.config
-        rewards = rollout.rewards + _overlong(rollout, config)
-        advantages = np.asarray(
-            compute_advantages(
-                rewards, group_size=config.num_generations, kind=config.advantage_kind, eps=config.advantage_eps
-            )
-        )
-        mask = rollout.mask * ~rollout.truncated[:, None] if config.mask_truncated else rollout.mask
-        mask = np.asarray(mask, np.float32)
-        inputs, placed_mask = self._rows((rollout.inputs, mask))
+        rewards, mask = shaped_rewards(rollout, config), loss_mask(rollout, config)
         numbers = rollout_numbers(rollout, rewards, mask, config.num_generations)
-        old_logps, weights, ref_logps = self._rows(rollout.logps), None, None
+        advantages = np.asarray(self._advantages(rewards))
+        inputs, mask, sampled, advantages = self._rows((rollout.inputs, mask, rollout.logps, advantages))
+        old_logps, weights, ref_logps = sampled, None, None
         if config.recompute_old_logps:
-            old_logps, gap, weights = self._score(self._state.params, inputs, placed_mask, old_logps)
+            old_logps, gap, weights = self._score(self._state.params, inputs, mask, sampled)
             numbers["sampler_logp_gap"] = float(gap)
         if self._ref_params is not None:
-            ref_logps = self._score(self._ref_params, inputs, placed_mask, old_logps)[0]
-        batch = UpdateBatch(inputs, placed_mask, old_logps, self._rows(advantages), weights, ref_logps)
-        return batch, numbers
+            ref_logps = self._score(self._ref_params, inputs, mask, sampled)[0]
+        return UpdateBatch(inputs, mask, old_logps, advantages, weights, ref_logps), numbers
 
     def _score_function(self, params: PyTree, inputs: PyTree, mask: Array, sampled: Array) -> tuple[Array, Array, Any]:
         """Log-probabilities of the tokens, their mean distance from the sampler's, and the correction for it."""
@@ -215,15 +209,14 @@ class PolicyTrainer:
         if pieces == 1:
             logps = score(inputs)
         else:
-            split = jax.tree.map(lambda leaf: leaf.reshape(pieces, -1, *leaf.shape[1:]), inputs)
+            split = jax.tree.map(lambda leaf: jnp.reshape(leaf, (pieces, -1, *leaf.shape[1:])), inputs)
             logps = jax.lax.map(score, split).reshape(mask.shape)
-        logps = jnp.where(mask > 0, logps, 0.0)
-        gap = jnp.sum(jnp.abs(logps - sampled) * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+        away = jnp.where(mask > 0, logps - sampled, 0.0)
+        gap = jnp.sum(jnp.abs(away)) / jnp.maximum(jnp.sum(mask), 1.0)
         weights = None
         if config.importance_cap is not None:
-            ratio = jnp.exp(jnp.clip(logps - sampled, -20.0, 20.0))
-            weights = jnp.minimum(ratio, config.importance_cap)
-        return logps, gap, weights
+            weights = jnp.minimum(jnp.exp(jnp.clip(away, -20.0, 20.0)), config.importance_cap)
+        return self._laid_out(logps), gap, self._laid_out(weights)
 
     def _update_function(
         self, state: TrainState, batch: UpdateBatch, active: Bool[Array, ""]
@@ -265,9 +258,6 @@ class PolicyTrainer:
             weights=batch.weights,
         )
 
-    def _slow_fast_active(self) -> np.ndarray:
-        return np.asarray(self.config.sfpo is not None and bool(self._stop.active(self._entropies)))
-
     def _in_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
@@ -292,36 +282,18 @@ class PolicyTrainer:
         with self._in_mesh():
             return create(placed, key), where
 
-    def _identity(self) -> dict[str, Any]:
-        plain = core.to_dict(self.config)
-        return json.loads(json.dumps({name: value for name, value in plain.items() if name not in _FREE}))
-
     def _save(self, step: int) -> None:
-        state = {"train": self._state, "entropies": self._entropies}
-        assert self._checkpointer is not None
-        self._checkpointer.save(step, state, {"draw": self._draw, "config": self._identity()})
+        if self._checkpointer is not None:
+            state = {"train": self._state, "entropies": self._entropies}
+            self._checkpointer.save(step, state, {"draw": self._draw, "config": identity(self.config)})
 
     def _resume(self) -> None:
         if self._checkpointer is None or self._checkpointer.latest() is None:
             return
-        saved, mine = self._checkpointer.extra()["config"], self._identity()
         if not self._allow_changes:
-            _check_same(saved, mine, str(self.folder))
-        state = {"train": self._state, "entropies": self._entropies}
-        state, extra = self._checkpointer.restore(state)
+            check_same(self._checkpointer.extra()["config"], identity(self.config), str(self.folder))
+        state, extra = self._checkpointer.restore({"train": self._state, "entropies": self._entropies})
         self._state, self._entropies, self._draw = state["train"], state["entropies"], extra["draw"]
-
-
-def _check_same(saved: Mapping[str, Any], mine: Mapping[str, Any], folder: str, prefix: str = "") -> None:
-    for name in (*mine, *(name for name in saved if name not in mine)):
-        theirs, ours = saved.get(name), mine.get(name)
-        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-            _check_same(theirs, ours, folder, f"{prefix}{name}.")
-        elif theirs != ours:
-            raise ValueError(
-                f"{prefix}{name}: {folder} was trained with {theirs!r}, got {ours!r}; "
-                "use another folder, or allow_changes=True"
-            )
 
 
 def default_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
@@ -336,23 +308,20 @@ def default_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
     )
 
 
-def _overlong(rollout: Rollout, config: GRPOConfig) -> np.ndarray | float:
-    """The soft penalty of DAPO (arXiv 2503.14476, equation 13) for completions near the maximum length."""
-    if not config.overlong_buffer:
-        return 0.0
-    lengths = rollout.mask.sum(axis=1)
-    free = config.max_completion_length - config.overlong_buffer
-    return -np.clip((lengths - free) / config.overlong_buffer, 0.0, 1.0).astype(np.float32)
-
-
-def rollout_numbers(rollout: Rollout, rewards: np.ndarray, mask: np.ndarray, group_size: int) -> dict[str, float]:
-    """What the log says of a batch: enough to answer why a loss is zero, or a run stands still."""
-    groups = rewards.reshape(-1, group_size)
-    return {
-        "reward": float(rewards.mean()),
-        "reward_std": float(groups.std(axis=1).mean()),
-        "zero_variance_fraction": float((groups.max(axis=1) == groups.min(axis=1)).mean()),
-        "completion_length": float(rollout.mask.sum(axis=1).mean()),
-        "truncated_fraction": float(rollout.truncated.mean()),
-        "all_masked": float(not mask.any()),
+def _check_mesh(config: GRPOConfig, mesh: Mesh | None) -> None:
+    if mesh is None:
+        if jax.process_count() > 1:
+            raise ValueError(f"mesh: expected one over the devices of all {jax.process_count()} processes, got None")
+        return
+    axes = [axis for axis in BATCH_AXES if axis in mesh.shape]
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    rows = {
+        "prompts_per_step * num_generations": config.batch_size,
+        "mini_batch_size": config.mini_batch_size,
+        "micro_batch_size": config.micro_batch_size,
     }
+    for name, count in rows.items():
+        if count is not None and count % shards:
+            raise ValueError(
+                f"{name}: expected a multiple of {shards}, the shards of mesh axes {', '.join(axes)}, got {count}"
+            )
