@@ -193,6 +193,7 @@ def slow_fast(
             metrics = {**metrics, "skipped": metrics["skipped"] + last["skipped"]}
         return fast, fast_state, metrics
 
+    pass_fn = jax.jit(pass_fn, inline=True)  # traced once, for its shapes and in the loop
     shapes = jax.eval_shape(pass_fn, params, opt_state, batch)[2]
     metrics = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.fori_loop(0, fast_passes + 1, body, (params, opt_state, metrics))
