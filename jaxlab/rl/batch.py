@@ -38,7 +38,7 @@ def loss_mask(rollout: Rollout, config: GRPOConfig) -> Float[np.ndarray, "B T"]:
 
 
 def shaped_rewards(rollout: Rollout, config: GRPOConfig) -> Float[np.ndarray, " B"]:
-    """Rewards, less the soft penalty of DAPO (arXiv 2503.14476, equation 13) for completions near the maximum length."""
+    """Rewards, less DAPO's soft penalty (arXiv 2503.14476, equation 13) for completions near the maximum length."""
     if not config.overlong_buffer:
         return rollout.rewards
     free = config.max_completion_length - config.overlong_buffer

@@ -50,7 +50,7 @@ def evaluate(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> EvalResult:
-    """Samples every prompt n times and scores the completions; defaults of n, temperature and top_p are SFPO's scripts'.
+    """Samples every prompt n times and scores the completions; n, temperature and top_p are those of SFPO's scripts.
 
     All batches, the last one filled up, run the same programs. A sample is a function of seed, batch size and its place
     in the data.

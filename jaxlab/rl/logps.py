@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
-from pallas_kernels.logprob_entropy import logprob_entropy
 
 from jaxlab.models.decoder import head_weight
 from jaxlab.training.loss import auto_axes
 from jaxlab.training.sharding import BATCH_AXES
+from pallas_kernels.logprob_entropy import logprob_entropy
 
 
 @struct.dataclass

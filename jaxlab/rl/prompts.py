@@ -69,7 +69,9 @@ class PromptSet:
         if not isinstance(row, Mapping) or "prompt" not in row:
             raise ValueError(f"{where}: expected a mapping with 'prompt', got {row!r:.80}")
         if row.keys() != self._rows[0].keys():
-            raise ValueError(f"{where}: expected the columns {sorted(self._rows[0])} of the first row, got {sorted(row)}")
+            raise ValueError(
+                f"{where}: expected the columns {sorted(self._rows[0])} of the first row, got {sorted(row)}"
+            )
         if taken := [name for name in _TAKEN if name in row]:
             raise ValueError(f"{where}: expected columns that are not {' or '.join(_TAKEN)}, got {taken[0]!r}")
 

@@ -31,7 +31,7 @@ def drawn(draw=0, **options):
 
 
 class SlowRun:
-    """The steps of a run on the table policy as plain loops in float64: nothing of ours, no gradient but differences."""
+    """A run on the table policy as plain loops in float64: nothing of ours, no gradient but differences."""
 
     def __init__(self, config, *, ref=None):
         self.config, self.ref = config, None if ref is None else np.asarray(ref, np.float64)
@@ -153,7 +153,7 @@ def test_callers_keep_their_parameters_and_a_reference_beside_them():
 
 def test_gradients_that_are_not_finite():
     params = toys.table_params().at[0].set(jnp.nan)
-    with pytest.raises(FloatingPointError, match="step 1: 2 gradients were not .*nonfinite='skip'"):
+    with pytest.raises(FloatingPointError, match=r"step 1: 2 gradients were not .*nonfinite='skip'"):
         trainer(toys.table_config(mini_batch_size=4), params=params).train()
     config = toys.table_config(mini_batch_size=4, nonfinite="skip", sfpo=SFPOConfig(inner_steps=2))
     left, [row] = trainer(config, params=params).train()
@@ -360,7 +360,10 @@ def test_arguments_that_cannot_work():
         trainer(toys.table_config(beta=0.1))
     mesh = core.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     for changes, message in (
-        ({"num_generations": 3}, r"prompts_per_step \* num_generations: expected a multiple of 4, .* data, fsdp, got 6"),
+        (
+            {"num_generations": 3},
+            r"prompts_per_step \* num_generations: expected a multiple of 4, .* data, fsdp, got 6",
+        ),
         ({"mini_batch_size": 2}, "mini_batch_size: expected a multiple of 4, .* got 2"),
         ({"micro_batch_size": 2}, "micro_batch_size: .* got 2"),
     ):
@@ -376,7 +379,10 @@ BAD_CONFIGS = [
     ({"epsilon_high": -1.0}, "epsilon_high: .* got -1.0"),
     ({"dual_clip": 1.0}, "dual_clip: expected a value > 1, got 1.0"),
     ({"mini_batch_size": 5}, "mini_batch_size: expected a divisor of .* = 8, got 5"),
-    ({"mini_batch_size": 4, "micro_batch_size": 3}, "micro_batch_size: expected a divisor of the mini-batch = 4, got 3"),
+    (
+        {"mini_batch_size": 4, "micro_batch_size": 3},
+        "micro_batch_size: expected a divisor of the mini-batch = 4, got 3",
+    ),
     ({"loss_type": "ppo"}, "loss_type: expected one of grpo, dr_grpo, dapo, rloo, got 'ppo'"),
     ({"kl": "k4"}, "kl: expected one of k1, k2, k3, got 'k4'"),
     ({"loss_agg_mode": "mean"}, "loss_agg_mode: expected one of token-mean, .* got 'mean'"),
@@ -387,7 +393,10 @@ BAD_CONFIGS = [
     ({"max_grad_norm": 0.0}, "max_grad_norm: .* got 0.0"),
     ({"overlong_buffer": 4}, "overlong_buffer: expected at most max_completion_length = 3, got 4"),
     ({"importance_cap": 2.0, "recompute_old_logps": False}, "importance_cap: needs recompute_old_logps=True"),
-    ({"num_generations": 1, "loss_type": "rloo", "dynamic_sampling": 2}, "dynamic_sampling: needs groups of at least 2"),
+    (
+        {"num_generations": 1, "loss_type": "rloo", "dynamic_sampling": 2},
+        "dynamic_sampling: needs groups of at least 2",
+    ),
 ]
 
 

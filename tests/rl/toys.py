@@ -47,7 +47,9 @@ def low_characters(prompts, completions, *, bound):
 
 def adamw(**changes):
     """The optimiser of all runs."""
-    return optimizer(OptimizerConfig(**{"learning_rate": RATE, "b2": 0.999, "eps": EPS, "weight_decay": 0.01, **changes}))
+    return optimizer(
+        OptimizerConfig(**{"learning_rate": RATE, "b2": 0.999, "eps": EPS, "weight_decay": 0.01, **changes})
+    )
 
 
 def config(**changes):
