@@ -9,7 +9,7 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "rloo")
 AGGREGATIONS = get_args(Aggregation)
 KL_KINDS = ("k1", "k2", "k3")
 
-_AGGREGATION_OF = {
+_AGGREGATION_OF: dict[str, Aggregation] = {
     "grpo": "seq-mean-token-mean",  # arXiv 2402.03300, equation 3
     "dr_grpo": "seq-mean-token-sum-norm",  # arXiv 2503.20783
     "dapo": "token-mean",  # arXiv 2503.14476; SFPO's scripts too
@@ -213,12 +213,12 @@ class GRPOConfig:
         return mini // (self.micro_batch_size or mini)
 
     @property
-    def aggregation(self) -> str:
+    def aggregation(self) -> Aggregation:
         """The name of how token losses become one number."""
         return self.loss_agg_mode or _AGGREGATION_OF[self.loss_type]
 
     @property
-    def advantage_kind(self) -> str:
+    def advantage_kind(self) -> Literal["grpo", "dr_grpo", "rloo"]:
         """`kind` of `compute_advantages`."""
         if self.loss_type == "rloo":
             return "rloo"

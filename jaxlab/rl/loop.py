@@ -1,6 +1,7 @@
 """The loop of policy optimisation: roll out, score, update, log, checkpoint; for rollouts of any kind."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -234,7 +235,7 @@ class PolicyTrainer:
             active=active,
             state_policy=sfpo.state_policy,
         )
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def _loss(self, params: PyTree, batch: UpdateBatch) -> Any:
         config = self.config
