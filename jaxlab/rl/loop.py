@@ -131,7 +131,7 @@ class PolicyTrainer:
     def train(self) -> TrainResult:
         """Runs until `config.steps`, from the folder's latest checkpoint if there is one.
 
-        Called again it goes on where it is: at that checkpoint, without a folder at the last step made.
+        Called again it goes on from there; without any checkpoint, from the last step made.
 
         Raises:
             ValueError: the checkpoint is of another config, the first difference is named; or a rollout does not fit.
