@@ -14,9 +14,7 @@ from jaxlab.rl import SFPOConfig, evaluate
 from tests.rl import toys
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
-CONFIG = toys.config(
-    steps=4, mini_batch_size=8, beta=0.1, checkpoint_every=2, sfpo=SFPOConfig(inner_steps=1, window=2)
-)
+CONFIG = toys.config(steps=4, mini_batch_size=8, beta=0.1, checkpoint_every=2, sfpo=SFPOConfig(inner_steps=1, window=2))
 # A compiler's favourite, and steps small enough that they do not magnify how sums are rounded.
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05))
 

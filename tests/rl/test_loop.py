@@ -6,7 +6,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxlab import core
@@ -121,11 +120,10 @@ def test_steps_equal_a_slow_loop(name):
 
 def test_micro_batches_give_the_step_of_one():
     one = trainer(toys.table_config(mini_batch_size=4)).train()
-    for size in (1, 2):
-        many = trainer(toys.table_config(mini_batch_size=4, micro_batch_size=size)).train()
-        np.testing.assert_allclose(many.params, one.params, atol=1e-6)
-        for name in ("loss", "grad_norm", "entropy", "approx_kl", "clip_fraction", "sampler_logp_gap"):
-            np.testing.assert_allclose(many.history[0][name], one.history[0][name], atol=1e-6)
+    many = trainer(toys.table_config(mini_batch_size=4, micro_batch_size=1)).train()
+    np.testing.assert_allclose(many.params, one.params, atol=1e-6)
+    for name in ("loss", "grad_norm", "entropy", "approx_kl", "clip_fraction", "sampler_logp_gap"):
+        np.testing.assert_allclose(many.history[0][name], one.history[0][name], atol=1e-6)
 
 
 def test_history_and_kl_with_and_without_a_reference():
@@ -417,6 +415,7 @@ def test_sfpo_configs_that_cannot_work(unchecked):
             SFPOConfig(**changes)
 
 
-def test_another_optimiser():
-    params, _ = trainer(toys.table_config(), tx=optax.sgd(0.0)).train()
-    bitwise(params, toys.table_params())
+def test_the_optimiser_of_the_config():
+    """Adam's first step is the rate, whatever the gradient; a vector does not decay."""
+    params, _ = trainer(toys.table_config(learning_rate=1e-2, weight_decay=0.5), tx=None).train()
+    np.testing.assert_allclose(np.abs(params - toys.table_params()), 1e-2, rtol=1e-3)

@@ -13,7 +13,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(folder):
-    return two_processes.run(cases.__name__, folder, timeout_s=600.0)
+    return two_processes.run(cases.__name__, folder)
 
 
 @pytest.mark.parametrize("name", two_processes.names(cases))
