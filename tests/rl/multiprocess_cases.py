@@ -1,4 +1,4 @@
-"""Training and evaluation over eight devices, in one process and in two, against what one device has left in a file."""
+"""Training and evaluation over eight devices, in any number of processes, against what one device left in a file."""
 
 import pickle
 

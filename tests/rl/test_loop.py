@@ -141,12 +141,16 @@ def test_history_and_kl_with_and_without_a_reference():
     np.testing.assert_allclose(row["kl"], want, rtol=1e-4)
 
 
-def test_callers_keep_their_parameters_and_a_reference_beside_them():
+def test_eight_devices_give_the_steps_of_one_and_callers_keep_their_parameters():
+    """Mini-batches and micro-batches lie over the data axes again, each of which has some of their rows."""
     params = toys.table_params()
-    mesh = core.make_mesh({"data": 8})
-    for where in (None, mesh):
-        trained = trainer(toys.table_config(steps=2, beta=0.1), params=params, ref_params=params, mesh=where).train()
-        assert np.max(np.abs(trained.params - params)) > 1e-3
+    config = toys.table_config(steps=3, beta=0.1, mini_batch_size=4, sfpo=SFPOConfig(inner_steps=1))
+    meshes = (None, core.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    one, many = (trainer(config, params=params, ref_params=params, mesh=mesh).train() for mesh in meshes)
+    assert np.max(np.abs(one.params - params)) > 1e-3
+    np.testing.assert_allclose(many.params, one.params, atol=1e-6)
+    for ours, theirs in zip(numbers_of(many.history), numbers_of(one.history), strict=True):
+        np.testing.assert_allclose([*ours.values()], [*theirs.values()], atol=1e-5)
 
 
 def test_gradients_that_are_not_finite():

@@ -1,3 +1,5 @@
+"""In one process eight devices share the steps of a smaller policy, in test_loop.py."""
+
 import pytest
 
 from tests import two_processes
@@ -5,22 +7,10 @@ from tests.rl import multiprocess_cases as cases
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("rl")
-    cases.leave_one_devices_results(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def outcomes(folder):
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    cases.leave_one_devices_results(folder)
     return two_processes.run(cases.__name__, folder)
-
-
-@pytest.mark.parametrize("name", two_processes.names(cases))
-def test_one_process(name, folder):
-    own = folder / f"one_{name}"
-    own.mkdir()
-    getattr(cases, name)(own)
 
 
 @pytest.mark.parametrize("name", two_processes.names(cases))
