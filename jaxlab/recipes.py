@@ -45,6 +45,11 @@ SYSTEMS: dict[str, System] = {
         "Training of AlphaFold3 with fused kernels and cached features.",
         "configs/megafold/laptop.yaml",
     ),
+    "sfpo": System(
+        "jaxlab.sfpo",
+        "Reinforcement learning of language models by slow-fast policy optimisation.",
+        "configs/sfpo/laptop.yaml",
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 

@@ -31,6 +31,7 @@ RECIPES: dict[str, str] = {
     "puzzlemoe": "jaxlab.puzzlemoe.recipe:configs/puzzlemoe/laptop.yaml",
     "superoffload": "jaxlab.superoffload.recipe:configs/superoffload/laptop.yaml",
     "megafold": "jaxlab.megafold.recipe:configs/megafold/laptop.yaml",
+    "sfpo": "jaxlab.sfpo.recipe:configs/sfpo/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 

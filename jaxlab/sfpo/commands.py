@@ -1,0 +1,126 @@
+"""`jaxlab sfpo train|eval|compare`; nothing heavy is imported before they run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(rich_markup_mode="rich")
+
+_LAPTOP = "configs/sfpo/laptop.yaml"
+_Seeds = Annotated[list[int] | None, typer.Option("--seed", help="May be given again; default the config's.")]
+
+
+@app.callback()
+def _group() -> None: ...
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A study's config (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="a.b=value", help="Values over the YAML file's.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="grpo, sfpo, ...; see compare.")] = "sfpo",
+    seed: Annotated[int, typer.Option(help="Of the order of problems and of sampling.")] = 0,
+    folder: Annotated[Path, typer.Option(help="Gets warm start, metrics, checkpoints, and the policy as model/.")] = (
+        Path("out/sfpo/train")
+    ),
+) -> None:
+    """Train a policy from its warm start by one method; the same command again resumes where it was killed."""
+    from jaxlab.sfpo.study import Study
+
+    settings = _load(config, overrides or (), methods=(method,), seeds=(seed,))
+    study = Study(settings, folder)
+    curve = study.run(method, seed)
+    model = study.export(method, seed, folder / "model")
+    typer.echo(
+        f"warm start: {study.start.steps} steps\n"
+        f"{curve.steps[-1]} steps of {method}, {curve.rollouts[-1]:.0f} completions: accuracy "
+        f"{curve.sampled[0]:.3f} -> {curve.sampled[-1]:.3f}, greedy {curve.greedy[0]:.3f} -> {curve.greedy[-1]:.3f}\n"
+        f"a step: {curve.rollout_seconds:.3f} s of rollouts, {curve.update_seconds:.3f} s of updates\n"
+        f"metrics: {study.place(method, seed)}\npolicy: {model}"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that train wrote, or any other model's.")],
+    family: Annotated[str, typer.Option(help="Of the problems.")] = "chain_sum",
+    problems: Annotated[int, typer.Option(min=1, help="How many, held out from training.")] = 512,
+    show: Annotated[int, typer.Option(min=0, help="Problems to show with the likeliest answer.")] = 5,
+) -> None:
+    """How often a policy is right on held-out problems."""
+    from jaxlab.inference import SamplingParams, generate
+    from jaxlab.models import load_pretrained, load_tokenizer
+    from jaxlab.sfpo import accuracy, families
+
+    try:
+        _, rows = families.problems(family, 1, problems)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--family, --problems") from None
+    (network, params), tokenizer = load_pretrained(model), load_tokenizer(model)
+    found = accuracy.measure(network, params, accuracy.answers(rows, tokenizer))
+    typer.echo(f"{len(rows)} problems: {found.sampled:.3f} right at temperature 1, {found.greedy:.3f} greedily")
+    if shown := rows[:show]:
+        length = max(len(tokenizer.encode(row["answer"])) for row in shown) + 1
+        sampling = SamplingParams(max_tokens=length, temperature=0.0)
+        out = generate(network, params, [row["prompt"] for row in shown], sampling, tokenizer=tokenizer)
+        for row, text in zip(shown, out.text or ()):
+            typer.echo(f"{row['prompt']}{text}" + ("" if text == row["answer"] else f"   (right: {row['answer']})"))
+
+
+@app.command()
+def compare(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="METHOD ... a.b=value",
+            help="grpo, sfpo, more_passes, larger_rate, dr_grpo, dapo, rloo, lookahead, no_correction; the others are "
+            "compared with the first. Default: the config's.",
+        ),
+    ] = None,
+    config: Annotated[str, typer.Option(help="A study's config (YAML).")] = _LAPTOP,
+    seed: _Seeds = None,
+    folder: Annotated[Path, typer.Option(help="Gets every run, and the report with its pictures.")] = (
+        Path("out/sfpo/compare")
+    ),
+) -> None:
+    """Train by several methods and seeds, and tell what each needed to get as far as the first one."""
+    from jaxlab.sfpo import recipe
+
+    given = list(arguments or ())
+    changes: dict[str, Any] = {"folder": str(folder)}
+    if methods := tuple(each for each in given if "=" not in each):
+        changes["methods"] = methods
+    if seed:
+        changes["seeds"] = tuple(seed)
+    settings = _load(config, [each for each in given if "=" in each], **changes)
+    report = recipe.run(settings)
+    path = report.save(folder)
+    for title, columns, rows in report.tables:
+        _table(title, columns, rows)
+    typer.echo(f"report: {path}")
+
+
+def _load(config: str, overrides: Sequence[str], **changes: Any) -> Any:
+    import dataclasses
+
+    from jaxlab import recipes
+    from jaxlab.sfpo import recipe
+
+    try:
+        return dataclasses.replace(recipes.load(recipe.run, config, overrides), **changes)
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(" ".join(str(error).split()), param_hint="CONFIG") from None
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left", box=None)
+    for row in rows:
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console().print(table)
