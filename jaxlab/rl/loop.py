@@ -1,7 +1,6 @@
 """The loop of policy optimisation: roll out, score, update, log, checkpoint; for rollouts of any kind."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from jaxlab import core
 from jaxlab.rl.advantages import compute_advantages
@@ -23,9 +22,8 @@ from jaxlab.rl.batch import UpdateBatch, loss_mask, rollout_numbers, shaped_rewa
 from jaxlab.rl.config import GRPOConfig, SFPOConfig
 from jaxlab.rl.entropy_stop import EntropyZScoreStop
 from jaxlab.rl.identity import check_same, identity
-from jaxlab.rl.losses import policy_terms
 from jaxlab.rl.rollout import LogpFunction, Rollout, RolloutFunction, next_batch
-from jaxlab.rl.slow_fast import make_pass, slow_fast
+from jaxlab.rl.update import update_function
 from jaxlab.training import OptimizerConfig, TrainState, optimizer
 from jaxlab.training.sharding import BATCH_AXES, batch_sharding, place_batch, place_state, state_shardings
 
@@ -101,14 +99,14 @@ class PolicyTrainer:
         self._rollout, self._token_logps = rollout, token_logps
         self._mesh, self._names, self._callback, self._allow_changes = mesh, names, callback, allow_changes
         self._tx = default_optimizer(config) if tx is None else tx
-        self._sfpo = config.sfpo or SFPOConfig()
+        sfpo = config.sfpo or SFPOConfig()
         self._checkpointer = None if self.folder is None else core.Checkpointer(self.folder / "checkpoints")
         self._draw = 0
         self._state, self._shardings = self._placed(params, core.named_key(jax.random.key(config.seed), "rollout"))
         self._ref_params = ref_params
         if mesh is not None and ref_params is not None:
             self._ref_params = place_state(ref_params, self._shardings.params)
-        stop = EntropyZScoreStop(self._sfpo.window, self._sfpo.threshold, self._sfpo.two_sided)
+        stop = EntropyZScoreStop(sfpo.window, sfpo.threshold, sfpo.two_sided)
         self._entropies = stop.init()
         self._active, self._observe = stop.active, jax.jit(stop.update)
         self._advantages = jax.jit(
@@ -121,7 +119,8 @@ class PolicyTrainer:
         )
         self._score = jax.jit(self._score_function)
         where = None if mesh is None else (self._shardings, None)
-        self._update = jax.jit(self._update_function, donate_argnums=0, out_shardings=where)
+        update = update_function(config, self._tx, token_logps, self._laid_out)
+        self._update = jax.jit(update, donate_argnums=0, out_shardings=where)
 
     @property
     def params(self) -> PyTree:
@@ -218,46 +217,6 @@ class PolicyTrainer:
         if config.importance_cap is not None:
             weights = jnp.minimum(jnp.exp(jnp.clip(away, -20.0, 20.0)), config.importance_cap)
         return self._laid_out(logps), gap, self._laid_out(weights)
-
-    def _update_function(
-        self, state: TrainState, batch: UpdateBatch, active: Bool[Array, ""]
-    ) -> tuple[TrainState, dict[str, Array]]:
-        """All passes of a step."""
-        config, sfpo = self.config, self._sfpo
-        one_pass = make_pass(self._loss, self._tx, mini_batches=config.mini_batches, micro_batches=config.micro_batches)
-        params, opt_state, metrics = slow_fast(
-            one_pass,
-            state.params,
-            state.opt_state,
-            batch,
-            fast_passes=jnp.where(active, sfpo.inner_steps, config.num_iterations - 1),
-            alpha=sfpo.alpha,
-            active=active,
-            state_policy=sfpo.state_policy,
-        )
-        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
-
-    def _loss(self, params: PyTree, batch: UpdateBatch) -> Any:
-        config = self.config
-        batch = self._laid_out(batch)
-        logp, entropy = self._token_logps(params, batch.inputs)
-        return policy_terms(
-            logp,
-            batch.old_logps,
-            batch.advantages,
-            batch.mask,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-            dual_clip=config.dual_clip,
-            aggregation=config.aggregation,
-            max_length=config.max_completion_length,
-            ref_logp=batch.ref_logps,
-            beta=config.beta,
-            kl=config.kl,
-            entropy=entropy,
-            entropy_coef=config.entropy_coef,
-            weights=batch.weights,
-        )
 
     def _in_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
