@@ -112,7 +112,7 @@ def test_the_papers_config_is_planned():
     parameters = without.bytes["parameters"]
     assert without.bytes["optimizer"] == pytest.approx(2 * parameters, rel=0.01)
     extra = with_sfpo.bytes["total"] - without.bytes["total"]
-    assert 0 <= extra <= 1.02 * parameters + 4096  # the anchor
+    assert 0.98 * parameters <= extra <= 1.02 * parameters + 4096  # the anchor
     rollout = planned("rollout", beta=0.1)
     rows, slots, layers, heads, width = 8, 16, 2, 2, 16
     assert rollout.bytes["cache"] == 2 * 2 * rows * slots * layers * heads * width / 2  # bfloat16, over two devices
