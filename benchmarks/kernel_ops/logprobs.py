@@ -1,4 +1,4 @@
-"""The row of logprob_entropy."""
+"""Log-probabilities of tokens without their logits (SFPO)."""
 
 import functools
 
