@@ -185,7 +185,7 @@ def test_a_known_bucket_compiles_nothing(model, params, tokenizer):
     run(params, PROMPTS)
     longest = max(map(len, PROMPTS))
     with pytest.raises(ValueError, match=rf"prompt_length: expected at least the longest prompt's {longest}, got 1"):
-        generate(model, params, PROMPTS, SamplingParams(temperature=0), prompt_length=1)
+        generate(model, params, PROMPTS, SamplingParams(max_tokens=4, temperature=0), prompt_length=1)
     roomy = SamplingParams(max_tokens=4)
     short = generate(model, params, [[1], [2], [3]], roomy, rng=KEY, prompt_length=20)
     other = jax.tree.map(lambda leaf: leaf * 0.5, params)
