@@ -32,7 +32,7 @@ class EntropyZScoreStop:
     Attributes:
       window: entropies looked at; official 30.
       threshold: official 1.0.
-      two_sided: stop at a fall as well (|z|); the official rule sees a rise only.
+      two_sided: stop at a fall as well; the official rule sees a rise only.
     """
 
     window: int = 30
