@@ -54,7 +54,7 @@ class PromptSet:
         for index, row in enumerate(self._rows):
             where = f"{name}[{index}]"
             self._check_columns(where, row)
-            text, ids = _read(where, tokenizer, row["prompt"])
+            text, ids = read_prompt(where, tokenizer, row["prompt"])
             if truncate and max_prompt_length is not None:
                 ids = ids[-max_prompt_length:]
             _check_ids(where, ids, text, model.config, max_tokens, max_prompt_length)
@@ -97,8 +97,12 @@ class PromptSet:
         return total, means if len(table) > 1 else {}
 
 
-def _read(where: str, tokenizer: Any, prompt: Any) -> tuple[str, list[int]]:
-    """A prompt as the model reads it, text and ids: text as it is, chat messages through the tokenizer's template."""
+def read_prompt(where: str, tokenizer: Any, prompt: Any) -> tuple[str, list[int]]:
+    """A prompt as the model reads it, text and ids: text as it is, chat messages through the tokenizer's template.
+
+    Raises:
+        ValueError: neither of these, or messages for a tokenizer without a template; the message begins with `where`.
+    """
     if isinstance(prompt, str):
         return prompt, tokenizer.encode(prompt)
     if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):

@@ -1,6 +1,7 @@
 """`jaxlab sfpo train|eval|compare`; nothing heavy is imported before they run."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,9 @@ def _group() -> None: ...
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A study's config (YAML).")],
+    config: Annotated[
+        str, typer.Argument(help="A study's config, or one with a `source`, for a pretrained model (YAML).")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="a.b=value", help="Values over the YAML file's.")
     ] = None,
@@ -28,9 +31,20 @@ def train(
         Path("out/sfpo/train")
     ),
 ) -> None:
-    """Train a policy from its warm start by one method; the same command again resumes where it was killed."""
+    """Train a policy by one method; the same command again resumes where it was killed.
+
+    The policy of a study starts from a small decoder made ready first, that of a config with a `source` from any model
+    that jaxlab reads.
+    """
+    from jaxlab.sfpo import language_model
     from jaxlab.sfpo.study import Study
 
+    if (given := _language_model(config, overrides or (), seed)) is not None:
+        with _usage("CONFIG"):
+            trainer = language_model.trainer(given, method, folder=folder)
+        trainer.train()
+        typer.echo(_told(folder, method, trainer.export(folder / "model")))
+        return
     settings = _load(config, overrides or (), methods=(method,), seeds=(seed,))
     study = Study(settings, folder)
     curve = study.run(method, seed)
@@ -56,10 +70,8 @@ def evaluate(
     from jaxlab.models import load_pretrained, load_tokenizer
     from jaxlab.sfpo import accuracy, families
 
-    try:
+    with _usage("--family, --problems"):
         _, rows = families.problems(family, 1, problems)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--family, --problems") from None
     (network, params), tokenizer = load_pretrained(model), load_tokenizer(model)
     found = accuracy.measure(network, params, accuracy.answers(rows, tokenizer))
     typer.echo(f"{len(rows)} problems: {found.sampled:.3f} right at temperature 1, {found.greedy:.3f} greedily")
@@ -104,16 +116,56 @@ def compare(
     typer.echo(f"report: {path}")
 
 
+def _language_model(config: str, overrides: Sequence[str], seed: int) -> Any:
+    """The config of a run on a pretrained model; None where the file is a study's."""
+    import dataclasses
+
+    import yaml
+
+    from jaxlab import core
+    from jaxlab.sfpo.language_model import LanguageModelConfig
+
+    with _usage("CONFIG"):
+        path = core.find_config(config)
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict) or "source" not in content:
+            return None
+        loaded = core.load_config(LanguageModelConfig, path, tuple(overrides))
+    return dataclasses.replace(loaded, rl=dataclasses.replace(loaded.rl, seed=seed))
+
+
+def _told(folder: Path, method: str, model: Path) -> str:
+    from jaxlab import core
+    from jaxlab.sfpo.comparison import median_seconds
+
+    rows = [row for row in core.jsonl.read(folder / "metrics.jsonl") if "reward" in row]
+    seconds, first, last = median_seconds(rows), rows[0], rows[-1]
+    return (
+        f"{last['step']} steps of {method}: reward {first['reward']:.3f} -> {last['reward']:.3f}, entropy "
+        f"{first['entropy']:.3f} -> {last['entropy']:.3f}; groups without a signal in the last: "
+        f"{last['zero_variance_fraction']:.0%}\n"
+        f"a step: {seconds['rollout_seconds']:.3f} s of rollouts, {seconds['update_seconds']:.3f} s of updates\n"
+        f"metrics: {folder}\npolicy: {model}"
+    )
+
+
 def _load(config: str, overrides: Sequence[str], **changes: Any) -> Any:
     import dataclasses
 
     from jaxlab import recipes
     from jaxlab.sfpo import recipe
 
-    try:
+    with _usage("CONFIG"):
         return dataclasses.replace(recipes.load(recipe.run, config, overrides), **changes)
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(" ".join(str(error).split()), param_hint="CONFIG") from None
+
+
+@contextlib.contextmanager
+def _usage(what: str) -> Iterator[None]:
+    """Turns complaints about what was asked for into a usage error."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise typer.BadParameter(" ".join(str(error).split()), param_hint=what) from None
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

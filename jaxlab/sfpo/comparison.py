@@ -62,10 +62,7 @@ class Curve:
           before: the accuracy at the start.
           batch_size: completions of one round of sampling.
         """
-        warm = [row for row in steps if not row["compilations"]] or list(steps)
-        medians = {
-            name: float(np.median([row[name] for row in warm])) for name in ("rollout_seconds", "update_seconds")
-        }
+        medians = median_seconds(steps)
         taken = [
             sum(medians.values()) if row["compilations"] else row["rollout_seconds"] + row["update_seconds"]
             for row in steps
@@ -87,6 +84,12 @@ class Curve:
             skipped=int(sum(row["skipped"] for row in steps)),
             **medians,
         )
+
+
+def median_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`rollout_seconds` (rewards included) and `update_seconds` of the median step, those that compiled aside."""
+    warm = [row for row in steps if not row["compilations"]] or list(steps)
+    return {name: float(np.median([row[name] for row in warm])) for name in ("rollout_seconds", "update_seconds")}
 
 
 @dataclasses.dataclass(frozen=True)

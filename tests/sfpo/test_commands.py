@@ -5,6 +5,8 @@ from typer.testing import CliRunner
 
 from jaxlab import core
 from jaxlab.cli import app
+from jaxlab.rl import GRPOConfig
+from jaxlab.sfpo.language_model import LanguageModelConfig
 from tests.sfpo import toys
 
 
@@ -36,6 +38,21 @@ def test_trains_then_evaluates(folder):
     assert told.count("=") >= 2
     assert "family: expected one of" in run("eval", model, "--family", "luck", code=2)
 
+    data = folder / "data.jsonl"
+    for k in range(4):
+        core.jsonl.append(data, {"prompt": f"{k}+1=", "answer": str(k + 1)})
+    rl = GRPOConfig(
+        num_generations=2, prompts_per_step=2, max_prompt_length=8, max_completion_length=4, steps=2, nonfinite="skip"
+    )
+    core.save_config(
+        LanguageModelConfig(source=str(model), data=str(data), rewards=("exact",), rl=rl), folder / "lm.yaml"
+    )
+    args = ("train", folder / "lm.yaml", "--folder", folder / "lm")
+    told = run(*args)
+    assert told.startswith("2 steps of sfpo: reward 0.")
+    assert run(*args) == told
+    assert (folder / "lm" / "model" / "tokenizer.json").exists()
+
 
 @pytest.mark.parametrize(
     ("args", "told"),
@@ -44,6 +61,10 @@ def test_trains_then_evaluates(folder):
         (("compare", "grpo", "rl.stepps=3"), "stepps"),
         (("compare", "grpo", "grpo"), "none twice"),
         (("train", "configs/sfpo/laptop.yaml", "--method", "luck"), "expected one of grpo, sfpo"),
+        (("train", "configs/sfpo/gsm8k.yaml", "--method", "luck"), "expected one of grpo, sfpo"),
+        (("train", "configs/sfpo/gsm8k.yaml", "rewards=[luck]"), "expected math, exact"),
+        (("train", "configs/sfpo/gsm8k.yaml", "source=no/such"), "no/such"),
+        (("train", "configs/sfpo/gsm8k.yaml", "rl.stepps=3"), "stepps"),
     ],
 )
 def test_bad_usage_ends_with_two(args, told, tmp_path):
