@@ -19,8 +19,8 @@ def items() -> Iterator[Item]:
         yield Item(
             name=f"SmolLM2-135M, {method}",
             table=(
-                f"SmolLM2-135M on GSM8K, {rl.steps} steps of {rl.prompts_per_step} x {rl.num_generations} completions of "
-                f"at most {rl.max_completion_length} tokens: 1 for the right answer, 0.2 more where the last word is a "
+                f"SmolLM2-135M on GSM8K, {rl.steps} steps of {rl.prompts_per_step} x {rl.num_generations} completions, "
+                f"{rl.max_completion_length} tokens at most: 1 for the right answer, 0.2 more where the last word is a "
                 "number; seconds of the median step (measured)"
             ),
             settings={"method": method, **core.to_dict(config)},
