@@ -66,7 +66,7 @@ def items() -> Iterator[Item]:
     for label, (method, changes) in ABLATIONS.items():
         yield Item(
             name=f"ablation {label}",
-            table=f"Ablations on {TOLD[ABLATED].label}, {len(ABLATION_SEEDS)} runs each, against the same GRPO: {_TARGET}",
+            table=f"Ablations on {TOLD[ABLATED].label}, {len(ABLATION_SEEDS)} runs each, against GRPO: {_TARGET}",
             settings={"method": method, **core.to_dict(_config(ABLATED, changes))},
             run=lambda label=label, method=method, changes=changes: _row(
                 label, ABLATED, method, changes, ABLATION_SEEDS
