@@ -165,7 +165,7 @@ def test_the_evidence_begins(config, tmp_path, monkeypatch):
     from benchmarks.evidence import megafold as evidence
 
     names = [item.name for item in evidence.items()]
-    assert len(set(names)) == len(names) == 3 + 1
+    assert len(set(names)) == len(names) == 2 * len(evidence.CROPS) + 1
     for name in evidence.CROPS:
         made = evidence._config(name)
         assert made.network.config.c_s == AF3Config.tiny().c_s
