@@ -1,4 +1,4 @@
-"""Text out of decoders: sampling, prefill and decode steps, whole batches, streams.
+"""Text out of decoders: sampling, prefill and decode steps, whole batches, streams; and a client for others' endpoints.
 
 Example:
     import jax
@@ -19,6 +19,15 @@ from typing import TYPE_CHECKING
 from jaxlab.core import lazy
 
 if TYPE_CHECKING:
+    from jaxlab.inference.client import (
+        AsyncClient,
+        Choice,
+        Client,
+        Completion,
+        EndpointError,
+        Piece,
+        TokenLogprob,
+    )
     from jaxlab.inference.generation import Generation, generate, stream
     from jaxlab.inference.layout import decode_params
     from jaxlab.inference.params import SamplingArrays, SamplingParams
@@ -26,9 +35,16 @@ if TYPE_CHECKING:
     from jaxlab.inference.steps import decode_step, prefill
 
 __all__ = [
+    "AsyncClient",
+    "Choice",
+    "Client",
+    "Completion",
+    "EndpointError",
     "Generation",
+    "Piece",
     "SamplingArrays",
     "SamplingParams",
+    "TokenLogprob",
     "decode_params",
     "decode_step",
     "generate",
@@ -40,6 +56,7 @@ __all__ = [
 __getattr__, __dir__ = lazy.attach(
     __name__,
     {
+        "client": ("AsyncClient", "Choice", "Client", "Completion", "EndpointError", "Piece", "TokenLogprob"),
         "generation": ("Generation", "generate", "stream"),
         "layout": ("decode_params",),
         "params": ("SamplingArrays", "SamplingParams"),

@@ -1,0 +1,130 @@
+"""Plans as text: `<think> ... </think><plan> Step 1: ... Step 2: ... </plan>`, written, read, and shown to executors."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_TAG = re.compile(r"</?(?:think|plan)>")
+_STEP = re.compile(r"(?:^|\s)Step \d+:")
+_OFFER = "This plan may help you:"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanParse:
+    """What was found in a planner's output.
+
+    Attributes:
+      thinking: inside of the thinking block, stripped; "" where the format is broken.
+      plan: inside of the plan block, stripped; "" where the format is broken.
+      ok: whether the text is exactly one thinking block and one plan block that is neither empty nor too long.
+      reason: "" when ok; else "no_think", "no_plan", "unclosed", "repeated", "extra", "empty" or "too_long".
+    """
+
+    thinking: str
+    plan: str
+    ok: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A planner's output and what was found in it.
+
+    Attributes:
+      text: all of the output.
+      thinking: inside of the thinking block.
+      plan: inside of the plan block, which alone goes to executors; "" where there is none.
+      ok: whether the format is right.
+      reason: why not, a word of `PlanParse`.
+    """
+
+    text: str
+    thinking: str
+    plan: str
+    ok: bool
+    reason: str
+
+    @classmethod
+    def parse(cls, text: str, *, max_plan_tokens: int | None = None, tokenizer: Any = None) -> "Plan":
+        """The plan in a text; takes and raises what `parse_plan` does."""
+        parsed = parse_plan(text, max_plan_tokens=max_plan_tokens, tokenizer=tokenizer)
+        return cls(text, parsed.thinking, parsed.plan, parsed.ok, parsed.reason)
+
+
+def format_plan(thinking: str, steps: Sequence[str]) -> str:
+    """The text of a plan; `parse_plan` inverts it.
+
+    Raises:
+      ValueError: no step, an empty one, or a tag of the format inside thinking or steps.
+    """
+    steps = [" ".join(step.split()) for step in steps]
+    if not steps or not all(steps):
+        raise ValueError(f"steps: expected at least one, none empty, got {steps}")
+    for name, text in {"thinking": thinking, **{f"steps[{k}]": step for k, step in enumerate(steps)}}.items():
+        if _TAG.search(text):
+            raise ValueError(f"{name}: expected no <think> or <plan> tags inside, got {text!r}")
+    body = " ".join(f"Step {k}: {step}" for k, step in enumerate(steps, 1))
+    return f"<think> {thinking.strip()} </think><plan> {body} </plan>"
+
+
+def parse_plan(text: str, *, max_plan_tokens: int | None = None, tokenizer: Any = None) -> PlanParse:
+    """Reads a planner's output.
+
+    White space aside, the text has to be one closed thinking block and then one closed plan block with something in it.
+    A plan that is too long is cut, and not ok.
+
+    Args:
+      text: the output.
+      max_plan_tokens: how long the plan may be; None: as long as it likes.
+      tokenizer: counts with `encode` and cuts with `decode`; None: words between white space.
+
+    Raises:
+      ValueError: `max_plan_tokens` below 1.
+    """
+    if max_plan_tokens is not None and max_plan_tokens < 1:
+        raise ValueError(f"max_plan_tokens: expected None or at least 1, got {max_plan_tokens}")
+    tags = _TAG.findall(text)
+    if tags != ["<think>", "</think>", "<plan>", "</plan>"]:
+        return PlanParse("", "", False, _fault(tags))
+    before, thinking, between, plan, after = (part.strip() for part in _TAG.split(text))
+    if before or between or after:
+        return PlanParse("", "", False, "extra")
+    if not plan:
+        return PlanParse(thinking, "", False, "empty")
+    cut = plan if max_plan_tokens is None else _cut(plan, max_plan_tokens, tokenizer)
+    return PlanParse(thinking, cut, cut == plan, "" if cut == plan else "too_long")
+
+
+def _fault(tags: list[str]) -> str:
+    for name in ("think", "plan"):
+        if f"<{name}>" not in tags:
+            return f"no_{name}"
+    if len(tags) < 4:
+        return "unclosed"
+    return "repeated"
+
+
+def _cut(plan: str, limit: int, tokenizer: Any) -> str:
+    if tokenizer is None:
+        words = list(re.finditer(r"\S+", plan))
+        return plan if len(words) <= limit else plan[: words[limit - 1].end()]
+    ids = list(tokenizer.encode(plan))
+    return plan if len(ids) <= limit else tokenizer.decode(ids[:limit]).strip()
+
+
+def plan_steps(plan: str) -> list[str]:
+    """The steps of a plan, without their numbers; a plan without numbers is split at its lines."""
+    parts = _STEP.split(plan)
+    steps = parts[1:] if len(parts) > 1 else plan.splitlines()
+    return [" ".join(step.split()) for step in steps if step.strip()]
+
+
+def offer(plan: str) -> str:
+    """The sentence that shows a plan to an executor, after MPO's harness; "" for no plan."""
+    return f"{_OFFER}\n{plan}" if plan else ""
+
+
+def offered(text: str) -> str:
+    """The plan that `offer` put at the end of a text, or ""."""
+    return text.rpartition(_OFFER)[2].strip() if _OFFER in text else ""

@@ -1,0 +1,31 @@
+"""EAGLET's formulas (arXiv 2510.05608) one number at a time, in Python's float64."""
+
+import itertools
+import math
+
+
+def gain(r1, r0, n, m, alpha=0.01, max_decay=None, tie_bonus=False):
+    """One executor's gain, section 2.3."""
+    factor = (1.0 + alpha) ** (n - m)
+    if max_decay is not None and factor > max_decay:
+        factor = max_decay
+    if r1 > r0:
+        return factor
+    if tie_bonus and r1 == r0 and r1 > 0 and m < n:
+        return max(0.0, factor - 1.0)
+    return 0.0
+
+
+def keep(with_plan, without, strict=False):
+    """Section 2.2: no executor is harmed."""
+    for r1, r0 in itertools.zip_longest(with_plan, without):
+        if r1 < r0 or (strict and r1 == r0):
+            return False
+    return True
+
+
+def advantages(group, eps=1e-6):
+    """Section 2.3: group normalisation with the population's deviation."""
+    mean = math.fsum(group) / len(group)
+    deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / len(group))
+    return [0.0 if len(set(group)) == 1 else (r - mean) / (deviation + eps) for r in group]
