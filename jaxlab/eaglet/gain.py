@@ -5,6 +5,7 @@ NumPy arrays, JAX arrays and Python numbers come in; float64 or float32 goes out
 Values are checked where they are known, so not under a JAX transformation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,9 @@ def capability_gain(
     better = arrays["r_with"] > arrays["r_without"]
     equal = (arrays["r_with"] == arrays["r_without"]) & (arrays["r_with"] > 0)
     saved = arrays["n_without"].astype(dtype) - arrays["m_with"].astype(dtype)
-    with np.errstate(over="ignore"):  # a factor beyond the largest float is infinite; where the plan is no gain, it is 0
+    with np.errstate(
+        over="ignore"
+    ):  # a factor beyond the largest float is infinite; where the plan is no gain, it is 0
         factor = xp.exp(saved * np.log1p(alpha).astype(dtype))
     if max_decay is not None:
         factor = xp.minimum(factor, xp.asarray(max_decay, dtype))
@@ -138,10 +141,15 @@ def group_advantages(rewards: Any, *, eps: float = 1e-6) -> Any:
     if values.ndim != 2 or values.shape[1] < 2:
         raise ValueError(f"rewards: expected shape [P, G] with at least 2 plans a task, got {values.shape}")
     if isinstance(values, jax.Array):
-        return compute_advantages(values.reshape(-1), group_size=values.shape[1], eps=eps, ddof=0).reshape(values.shape)
+        return _normalised(values, eps)
     with jax.enable_x64(True):
-        flat = compute_advantages(values.reshape(-1), group_size=values.shape[1], eps=eps, ddof=0)
-    return np.asarray(flat).reshape(values.shape)
+        return np.asarray(_normalised(values, eps))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normalised(rewards: jax.Array, eps: float) -> jax.Array:
+    flat = compute_advantages(rewards.reshape(-1), group_size=rewards.shape[1], eps=eps, ddof=0)
+    return flat.reshape(rewards.shape)
 
 
 def _arrays(*, last_axis: bool = True, **values: Any) -> tuple[Any, Any, dict[str, Any]]:

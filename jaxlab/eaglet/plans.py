@@ -1,4 +1,4 @@
-"""Plans as text: `<think> ... </think><plan> Step 1: ... Step 2: ... </plan>`, written, read, and shown to executors."""
+"""Plans as text, `<think> ... </think><plan> Step 1: ... Step 2: ... </plan>`: written, read, shown to executors."""
 
 import dataclasses
 import re
@@ -7,6 +7,10 @@ from typing import Any
 
 _TAG = re.compile(r"</?(?:think|plan)>")
 _STEP = re.compile(r"(?:^|\s)Step \d+:")
+_MOVE = re.compile(
+    r"(go|walk|run|teleport)\b.*|north|south|east|west|(open|close) door to .*|look( around)?|inventory|examine .*"
+)
+_INSTANCE = re.compile(r"\s+\d+\b|\s*\([^()]*\)")
 _OFFER = "This plan may help you:"
 
 
@@ -128,3 +132,36 @@ def offer(plan: str) -> str:
 def offered(text: str) -> str:
     """The plan that `offer` put at the end of a text, or ""."""
     return text.rpartition(_OFFER)[2].strip() if _OFFER in text else ""
+
+
+def describe(action: str) -> str:
+    """What a gold action is called in a plan: its objects by type ("take cup 2 (empty)" is "take cup")."""
+    return " ".join(_INSTANCE.sub("", action).split())
+
+
+def owners(actions: Sequence[str]) -> list[int]:
+    """The subgoal, by number, that each gold action serves.
+
+    Moving about and looking serve what comes next; an action called the same as the last one serves the same.
+    """
+    steps = [describe(action) for action in actions]
+    numbers: list[int] = []
+    number = -1
+    last = ""
+    moving = 0
+    for k, step in enumerate(steps):
+        if _MOVE.fullmatch(step) and k < len(steps) - 1:
+            moving += 1
+            continue
+        number += step != last
+        numbers += [number] * (moving + 1)
+        last, moving = step, 0
+    return numbers
+
+
+def subgoals(actions: Sequence[str]) -> list[str]:
+    """Gold actions as steps of a plan: without moving about and looking, repeats once, objects by type.
+
+    The last action is a step whatever it is.
+    """
+    return list({number: describe(action) for number, action in zip(owners(actions), actions)}.values())

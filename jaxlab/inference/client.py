@@ -16,7 +16,7 @@ import email.utils
 import json
 import random
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxlab.core.errors import require
@@ -53,7 +53,7 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One answer: its text, why it ended ("stop", "length", ...), and its tokens where log-probabilities were asked for."""
+    """One answer: its text, why it ended ("stop", "length", ...), and its tokens' probabilities where asked for."""
 
     text: str
     finish_reason: str | None
@@ -172,14 +172,16 @@ class AsyncClient:
 
     async def stream_chat(
         self, messages: Sequence[Message], *, model: str | None = None, **options: Any
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """The answer to a conversation, piece by piece as it comes; arguments and errors of `chat`."""
         body = {"messages": [dict(message) for message in messages], **options}
         async with contextlib.aclosing(self._stream("/chat/completions", body, model)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def stream_complete(self, prompt: str, *, model: str | None = None, **options: Any) -> AsyncIterator[Piece]:
+    async def stream_complete(
+        self, prompt: str, *, model: str | None = None, **options: Any
+    ) -> AsyncGenerator[Piece, None]:
         """The continuation of a text, piece by piece; arguments and errors of `complete`."""
         async with contextlib.aclosing(self._stream("/completions", {"prompt": prompt, **options}, model)) as pieces:
             async for piece in pieces:
@@ -223,13 +225,15 @@ class AsyncClient:
                     raise attempt.error(f"expected JSON, got {answer.text[:_SHOWN]!r}") from error
         raise AssertionError("an attempt returns or raises")
 
-    async def _stream(self, path: str, body: Mapping[str, Any], model: str | None) -> AsyncIterator[Piece]:
+    async def _stream(self, path: str, body: Mapping[str, Any], model: str | None) -> AsyncGenerator[Piece, None]:
         sent = {**self._body(body, model), "stream": True}
         async for attempt in self._attempts(path):
             with attempt:
                 async with self._turn, self._http.stream("POST", self.base_url + path, json=sent) as answer:
                     if answer.status_code != 200:
-                        attempt.check(answer.status_code, answer.headers, (await answer.aread()).decode(errors="replace"))
+                        attempt.check(
+                            answer.status_code, answer.headers, (await answer.aread()).decode(errors="replace")
+                        )
                     lines = aiter(answer.aiter_lines())
                     while True:
                         async with asyncio.timeout(self._stall_s):
@@ -247,7 +251,9 @@ class AsyncClient:
 
     async def _attempts(self, path: str) -> AsyncIterator["_Attempt"]:
         for number in range(1, self._max_retries + 2):
-            attempt = _Attempt(self._httpx, self.base_url + path, number, number <= self._max_retries, self._max_backoff_s)
+            attempt = _Attempt(
+                self._httpx, self.base_url + path, number, number <= self._max_retries, self._max_backoff_s
+            )
             yield attempt
             ceiling = min(self._max_backoff_s, self._backoff_s * 2 ** (number - 1))
             wait = ceiling * (0.5 + random.random() / 2)
@@ -255,7 +261,7 @@ class AsyncClient:
 
 
 class _Attempt:
-    """One try at a request: as a context it swallows what is worth another try, and turns the rest into `EndpointError`."""
+    """One try at a request: a context that swallows what is worth another try; the rest becomes `EndpointError`."""
 
     def __init__(self, httpx: Any, url: str, number: int, more: bool, longest_wait_s: float):
         self._httpx, self._url, self._number, self._more, self._longest_s = httpx, url, number, more, longest_wait_s
@@ -276,7 +282,9 @@ class _Attempt:
             raise self.error(what, status)
         self.retry_after = _retry_after(headers.get("retry-after"))
         if self.retry_after is not None and self.retry_after > self._longest_s:
-            raise self.error(f"{what}; it asks to wait {self.retry_after:g} s, the limit is {self._longest_s:g} s", status)
+            raise self.error(
+                f"{what}; it asks to wait {self.retry_after:g} s, the limit is {self._longest_s:g} s", status
+            )
         raise _Again(what)
 
     def __enter__(self):
@@ -334,7 +342,9 @@ def _completion(answer: Mapping[str, Any], url: str) -> Completion:
             for choice in choices
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise EndpointError(f"{url}: expected an answer with choices, got {str(answer)[:_SHOWN]}", status=200) from error
+        raise EndpointError(
+            f"{url}: expected an answer with choices, got {str(answer)[:_SHOWN]}", status=200
+        ) from error
     if not made:
         raise EndpointError(f"{url}: expected at least one choice, got none", status=200)
     return Completion(made, answer.get("usage") or {}, answer)
@@ -435,13 +445,13 @@ class Client:
             future.cancel()  # Ctrl-C ends the request too
             raise
 
-    def _each(self, pieces: AsyncIterator[Piece]) -> Iterator[Piece]:
+    def _each(self, pieces: AsyncGenerator[Piece, None]) -> Iterator[Piece]:
         try:
             while (piece := self._wait(_next(pieces))) is not None:
                 yield piece
         finally:
             if not self._loop.is_closed():
-                self._wait(pieces.aclose())  # type: ignore[attr-defined]
+                self._wait(pieces.aclose())
 
 
 async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:

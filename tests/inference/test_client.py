@@ -103,7 +103,9 @@ def reply(status, value=b"", **headers):
 
 
 def delta(text=None, finish=None, **more):
-    return {"choices": [{"index": 0, "delta": {} if text is None else {"content": text}, "finish_reason": finish, **more}]}
+    return {
+        "choices": [{"index": 0, "delta": {} if text is None else {"content": text}, "finish_reason": finish, **more}]
+    }
 
 
 @pytest.mark.latest
@@ -187,7 +189,9 @@ def test_streams(server, client):
     token = {"content": [{"token": "He", "logprob": -1.0}]}
     server.script = [
         reply(503),
-        lambda handler, body: handler.stream(delta(), delta("He", logprobs=token), delta("llo"), delta(finish="length")),
+        lambda handler, body: handler.stream(
+            delta(), delta("He", logprobs=token), delta("llo"), delta(finish="length")
+        ),
         lambda handler, body: handler.stream({"choices": [{"text": "x", "index": 1}]}),
     ]
     pieces = list(client.stream_chat(CHAT, logprobs=True))

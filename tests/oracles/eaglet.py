@@ -18,10 +18,8 @@ def gain(r1, r0, n, m, alpha=0.01, max_decay=None, tie_bonus=False):
 
 def keep(with_plan, without, strict=False):
     """Section 2.2: no executor is harmed."""
-    for r1, r0 in itertools.zip_longest(with_plan, without):
-        if r1 < r0 or (strict and r1 == r0):
-            return False
-    return True
+    harmed = [r1 < r0 or (strict and r1 == r0) for r1, r0 in itertools.zip_longest(with_plan, without)]
+    return not any(harmed)
 
 
 def advantages(group, eps=1e-6):

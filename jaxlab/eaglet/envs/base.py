@@ -31,8 +31,8 @@ class Task:
 class TextEnv:
     """An environment: one episode at a time, in this process or in one that the environment starts and ends.
 
-    A subclass has `_tasks`, `_reset` and `_step`, and `gold_actions`, `commands` and `close` where it can. The reward is
-    a state, not an increment: the best score of the episode so far, in [0, 1], or -1 after a fatal action.
+    The reward is a state, not an increment: the best score of the episode so far, in [0, 1], or -1 after a fatal
+    action. A subclass has `_tasks`, `_reset` and `_step`, and `gold_actions`, `commands` and `close` where it can.
     """
 
     def __init__(self):
@@ -82,7 +82,7 @@ class TextEnv:
         if score < 0:
             self._best, done = -1.0, True
         else:
-            self._best = max(self._best, min(float(score), 1.0))
+            self._best = max(min(float(score), 1.0), self._best)  # in this order NaN stays, for others to see
         self._running, self._why = not done, "after the end"
         return observation, self._best, done, info
 

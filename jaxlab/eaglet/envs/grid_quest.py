@@ -94,10 +94,9 @@ class GridQuestEnv(TextEnv):
 
     def commands(self) -> tuple[str, ...]:
         """The ways that do not leave the grid, and the use of the place that one is in."""
+        inside = range(self.size)
         row, column = self._cell
-        ways = [
-            name for name, (down, right) in _MOVES.items() if 0 <= row + down < self.size and 0 <= column + right < self.size
-        ]
+        ways = [name for name, (down, right) in _MOVES.items() if row + down in inside and column + right in inside]
         here = self._cells.get(self._cell)
         return (*ways, f"use {here}") if here else tuple(ways)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from jaxlab.core.errors import require
 from jaxlab.eaglet.envs.base import SPLITS, Task, TextEnv
-from jaxlab.rl import reasoning_gym_reward
 
 
 class ReasoningGymEnv(TextEnv):
@@ -23,7 +22,6 @@ class ReasoningGymEnv(TextEnv):
         n_tasks: int = 64,
         seed: int = 0,
         options: Mapping[str, Mapping[str, Any]] | None = None,
-        timeout_s: float = 5.0,
     ):
         """Makes the data sets when they are first asked for.
 
@@ -33,7 +31,6 @@ class ReasoningGymEnv(TextEnv):
           n_tasks: questions in each split.
           seed: of the questions.
           options: arguments of a data set, by its name.
-          timeout_s: limit for scoring one answer; scorers run in a worker process.
 
         Raises:
           MissingExtra: reasoning-gym is not installed.
@@ -46,7 +43,7 @@ class ReasoningGymEnv(TextEnv):
         if n_tasks < 1:
             raise ValueError(f"n_tasks: expected at least 1, got {n_tasks}")
         self._names = {"train": tuple(names), "seen": tuple(names), "unseen": tuple(unseen)}
-        self._n_tasks, self._seed, self._options, self._timeout_s = n_tasks, seed, dict(options or {}), timeout_s
+        self._n_tasks, self._seed, self._options = n_tasks, seed, dict(options or {})
         self._entry: Mapping[str, Any] = {}
 
     def _tasks(self, split: str) -> list[Task]:
@@ -69,8 +66,8 @@ class ReasoningGymEnv(TextEnv):
         return self._entry["question"]
 
     def _step(self, action: str) -> tuple[str, float, bool, dict[str, Any]]:
-        score = reasoning_gym_reward([""], [action], entry=[self._entry], timeout_s=self._timeout_s)[0]
-        return "The answer is noted.", score, True, {"valid": bool(action)}
+        score = self._gym.get_score_answer_fn(self._entry["metadata"]["source_dataset"])(action, self._entry)
+        return "The answer is noted.", float(score), True, {"valid": bool(action)}
 
     def gold_actions(self, task: Task) -> list[str]:
         """The answer of the data set."""

@@ -135,8 +135,9 @@ class ScienceWorldEnv(TextEnv):
         for name, (train, dev, total, cap) in _TYPES.items():
             first, last = {"train": (0, train), "seen": (train, train + dev), "unseen": (train + dev, total)}[split]
             limit = self._per_type or (total if split == "train" else _PER_TYPE)
+            last = last if everything else min(last, first + limit)
             if cap is not None:
-                yield from ((name, variation) for variation in range(first, last if everything else min(last, first + limit)))
+                yield from ((name, variation) for variation in range(first, last))
 
     def _reset(self, task: Task, seed: int) -> str:
         if "variation" not in task.data:
@@ -165,24 +166,28 @@ class ScienceWorldEnv(TextEnv):
         return tuple(_EXTRAS["valid_actions"](self._server)) if self._running else ()
 
     def gold_actions(self, task: Task) -> list[str]:
-        """The package's path with walks through doors replaced by teleports, where a replay of that completes the task.
+        """The package's path up to the action that completes the task, with walks through doors replaced by teleports.
 
-        Another process may find another path, so keep the actions where a run must repeat.
+        That is tried out first; a path that no longer leads there keeps its walks. Another process may find another
+        path, so keep the actions where a run must repeat.
         """
         if task.id not in self._gold:
             self._load(task, gold=True)
             path = [str(action) for action in self._server.getGoldActionSequence()]
-            short = shortcut(path)
-            works = "teleport" in self._simplification or "easy" in self._simplification
-            self._gold[task.id] = short if works and self._completes(task, short) else path
+            teleports = {"easy", "teleportAction"} & set(self._simplification.split(","))
+            found = self._replay(task, shortcut(path)) if teleports else None
+            self._gold[task.id] = found or self._replay(task, path) or path
             self._restore()
         return list(self._gold[task.id])
 
-    def _completes(self, task: Task, actions: Sequence[str]) -> bool:
+    def _replay(self, task: Task, actions: Sequence[str]) -> list[str] | None:
+        """The actions up to the one that completes the task; None where they do not."""
         self._load(task)
-        for action in actions:
+        for number, action in enumerate(actions, 1):
             self._server.step(action)
-        return round(100 * self._server.getScore()) == 100
+            if self._server.getCompleted():
+                return list(actions[:number]) if round(100 * self._server.getScore()) == 100 else None
+        return None
 
     def _restore(self) -> None:
         """Brings a running episode back to where it was."""

@@ -73,7 +73,7 @@ class TextWorldEnv(TextEnv):
 
     def _task(self, split: str, number: int) -> Task:
         lengths = self._lengths[split]
-        data = {
+        data: dict[str, Any] = {
             "length": lengths[number % len(lengths)],
             "seed": (self._seed * len(SPLITS) + SPLITS.index(split)) * 100_000 + number,
             "detailed": self._detailed,
@@ -82,7 +82,8 @@ class TextWorldEnv(TextEnv):
         }
         game = self._textworld.generator.make_game(self._options(data))
         data["gold"] = list(game.metadata["walkthrough"])
-        name = f"textworld-{self._rooms}-{self._objects}-{data['length']}-{data['seed']}-{'all' if self._detailed else 'end'}"
+        told = "all" if self._detailed else "end"
+        name = f"textworld-{self._rooms}-{self._objects}-{data['length']}-{data['seed']}-{told}"
         return Task(name, game.objective, self._max_steps, f"quest of {data['length']}", split, data)
 
     def _options(self, data: dict[str, Any]) -> Any:

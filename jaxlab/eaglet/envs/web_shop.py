@@ -1,4 +1,4 @@
-"""WebShop (arXiv 2207.01206): buying what a customer describes. The shop, its goods and its search index are the user's."""
+"""WebShop (arXiv 2207.01206): buying what a customer describes. Shop, goods and search index are the user's."""
 
 import importlib
 import re
@@ -40,7 +40,7 @@ class WebShopEnv(TextEnv):
             for needed in ("web_agent_site", "data"):
                 if not (Path(folder) / needed).is_dir():
                     raise FileNotFoundError(
-                        f"WebShop: {Path(folder) / needed} is missing; a checkout of WebShop has it after `./setup.sh -d all`"
+                        f"WebShop: {Path(folder) / needed} is missing; a checkout of WebShop has it after its setup.sh"
                     )
             if str(folder) not in sys.path:
                 sys.path.append(str(folder))
@@ -48,8 +48,8 @@ class WebShopEnv(TextEnv):
             self._module = importlib.import_module("web_agent_site.envs")
         except ImportError as error:
             raise ImportError(
-                f"WebShop's web_agent_site does not load ({error}); name the folder of a checkout whose requirements.txt "
-                "is installed"
+                f"WebShop's web_agent_site does not load ({error}); name the folder of a checkout, and install its "
+                "requirements.txt"
             ) from error
 
     def _open(self) -> Any:

@@ -1,0 +1,56 @@
+"""TextWorld through its own package; a game takes seconds to make, so there is one."""
+
+import warnings
+
+import pytest
+
+pytest.importorskip("textworld", reason="the extra 'agents' is not installed")
+
+from jaxlab.eaglet import Task, TextWorldEnv
+
+
+def test_a_game(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package's own
+        with TextWorldEnv(str(tmp_path / "games"), rooms=2, objects=3, lengths=(2,), n_tasks=1) as env:
+            (task,) = env.tasks("train")
+            assert (task.type, task.max_steps) == ("quest of 2", 50)
+            assert env.tasks("train") == [task]
+            first = env.reset(task)
+            assert first.startswith("-= ")
+            assert task.instruction not in first
+            assert "$$" not in first
+            assert env.step("frob")[1:] == (0.0, False, {"valid": False})
+            assert "look" in env.commands()
+            assert env.step("look")[0].startswith("-= ")
+            gold = env.gold_actions(task)
+            assert len(gold) == 2
+            env.reset(task)
+            assert not env.step(gold[0])[2]
+            observation, reward, done, info = env.step(gold[1])
+            assert (reward, done, info) == (1.0, True, {"valid": True})
+            assert "The End" not in observation
+            made = sorted(file.name for file in (tmp_path / "games").iterdir())
+            assert f"{task.id}.z8" in made
+            assert len(made) <= 3
+
+
+def test_a_brief_instruction_tells_the_last_action_only():
+    detailed, brief = (TextWorldEnv(rooms=2, objects=3, lengths=(2,), n_tasks=1, detailed=each) for each in (True, False))
+    one, other = detailed.tasks("train")[0], brief.tasks("train")[0]
+    assert len(other.instruction) < len(one.instruction)
+    assert one.id != other.id
+    assert brief.tasks("unseen")[0].type == "quest of 7"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TextWorldEnv(n_tasks=0), "n_tasks"),
+        (lambda: TextWorldEnv(lengths=(4, 7)), "lengths, unseen_lengths"),
+        (lambda: TextWorldEnv().reset(Task("x", "", 1, "", "train")), "task: expected one of TextWorldEnv's"),
+    ],
+)
+def test_bad_inputs(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

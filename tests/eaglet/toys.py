@@ -1,0 +1,91 @@
+"""Small environments and executors that a worker process can import."""
+
+import os
+import time
+from pathlib import Path
+
+from jaxlab.eaglet import Executor, Plan, Task, TextEnv, format_plan
+
+TASK = Task("toy", "Say yes.", 5, "toy", "train")
+
+
+def task(name, **data):
+    return Task(name, "Say yes.", 5, "toy", "train", data)
+
+
+def plan(*steps):
+    return Plan.parse(format_plan("I think.", steps))
+
+
+BROKEN = Plan.parse("Step 1: yes")
+
+
+class EchoEnv(TextEnv):
+    """Score `reward` for "yes" (which ends it), half of it for "half", -1 for "die"; other words are not understood.
+
+    `data` says what goes wrong: {"exit": path} ends the process once, {"hang": path} sleeps once, {"broken": True} raises,
+    {"nan": True} scores NaN.
+    """
+
+    made = 0
+
+    def __init__(self):
+        super().__init__()
+        type(self).made += 1
+        self.closed = False
+
+    def _tasks(self, split):
+        return [TASK]
+
+    def _reset(self, task, seed):
+        self.data = task.data
+        for what, act in {"exit": lambda: os._exit(3), "hang": lambda: time.sleep(60)}.items():
+            mark = self.data.get(what)
+            if mark and not Path(mark).exists():
+                Path(mark).touch()
+                act()
+        if self.data.get("broken"):
+            raise OSError("out of order")
+        return f"Seed {seed}, process {os.getpid()}, environment {self.made}."
+
+    def _step(self, action):
+        score = {"yes": 1.0, "half": 0.5, "die": -1.0}.get(action)
+        if score == 1.0 and self.data.get("nan"):
+            score = float("nan")
+        valid = score is not None
+        return f"You said {action}.", score or 0.0, action == "yes", {"valid": valid}
+
+    def commands(self):
+        return ("yes", "half")
+
+    def gold_actions(self, task):
+        return ["half", "yes"]
+
+    def close(self):
+        self.closed = True
+
+
+class Says(Executor):
+    """Says the plan's steps, and what it would have said by itself after that."""
+
+    def __init__(self, name, *words):
+        self.name, self.words = name, words
+
+    def act(self, context):
+        words = [*context.plan.replace("Step 1:", "").split(), *self.words]
+        return words[min(context.step, len(words) - 1)]
+
+
+class SaysAtOnce(Says):
+    """The same for many contexts; remembers how many there were."""
+
+    def __init__(self, name, *words):
+        super().__init__(name, *words)
+        self.sizes = []
+
+    def act_batch(self, contexts):
+        self.sizes.append(len(contexts))
+        return [self.act(context) for context in contexts]
+
+    def __reduce__(self):
+        raise TypeError("stays in its process")
