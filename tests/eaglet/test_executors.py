@@ -37,7 +37,9 @@ def test_full_skill_is_gold_and_full_trust_is_the_plan():
         gold = tuple(env.gold_actions(task))
         assert rollout(env, knows, task).actions == gold
         assert rollout(env, follows, task, plan=GoldPathPlanSource(env)(task).plan).actions == gold
-        assert rollout(env, follows, task, plan=GoldPathPlanSource(env)(task).plan, insert="observation").actions == gold
+        assert (
+            rollout(env, follows, task, plan=GoldPathPlanSource(env)(task).plan, insert="observation").actions == gold
+        )
 
 
 def test_more_skill_earns_more():
@@ -148,7 +150,9 @@ def test_a_model_behind_an_endpoint(endpoint):
     assert (got.executor, got.actions, got.reward) == ("m", ("half", "yes"), 1.0)
     asked = endpoint.seen[1]
     assert asked["messages"][:3] == [{"role": "system", "content": "Act."}, *example]
-    task = f"Task: Say yes.\n\n{got.observations[0]}\nPossible actions: yes, half\n\nThis plan may help you:\nStep 1: yes"
+    task = (
+        f"Task: Say yes.\n\n{got.observations[0]}\nPossible actions: yes, half\n\nThis plan may help you:\nStep 1: yes"
+    )
     assert asked["messages"][3] == {"role": "user", "content": task}
     assert (asked["temperature"], asked["model"]) == (0.0, "m")
     assert endpoint.seen[2]["messages"][4:] == [

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from jaxlab.eaglet import Plan, format_plan, format_reward, parse_plan, plan_steps
 from jaxlab.eaglet.plans import offer, offered, owners, subgoals
 
-words = st.text(st.characters(blacklist_characters="<>", blacklist_categories=("Cs", "Cc")), min_size=1).filter(str.strip)
+words = st.text(st.characters(blacklist_characters="<>", blacklist_categories=("Cs", "Cc")), min_size=1).filter(
+    str.strip
+)
 
 
 @pytest.mark.latest

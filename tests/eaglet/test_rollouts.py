@@ -103,7 +103,9 @@ def test_rewards_of_plans():
     np.testing.assert_allclose(got.ecgr, [2 * 1.1**3, 0, 0, 2 * 1.1**4])
     assert got.format.tolist() == [1, 0, 1, 0]
     np.testing.assert_allclose(got.final, got.ecgr + got.format)
-    assert [(pair.executor, pair.seed) for pair in got.pairs[:4]] == [(x, s) for x in ("expert", "novice") for s in (0, 7)]
+    assert [(pair.executor, pair.seed) for pair in got.pairs[:4]] == [
+        (x, s) for x in ("expert", "novice") for s in (0, 7)
+    ]
     assert all(pair.without is None and pair.with_plan is None for pair in got.pairs[4:8])
     assert got.env_steps == 2 * 2 * (5 + 2 + 1 + 1)
     assert len(cache) == 4
@@ -184,7 +186,9 @@ def test_workers():
     here = plan_rewards(pairs, env=EchoEnv(), cache=RolloutCache(), **arguments)
     np.testing.assert_array_equal(got.final, here.final)
     assert got.env_steps == here.env_steps
-    firsts = {rollout.observations[0].partition(", ")[2] for pair in got.pairs for rollout in (pair.without, pair.with_plan)}
+    firsts = {
+        rollout.observations[0].partition(", ")[2] for pair in got.pairs for rollout in (pair.without, pair.with_plan)
+    }
     processes = [text.split(",")[0] for text in firsts]
     assert len(processes) == len(set(processes)) <= 2
 
@@ -197,7 +201,9 @@ def test_dead_and_hung_workers_cost_an_episode_at_most(tmp_path):
         (task("broken", broken=True), plan("yes")),
     ]
     with pytest.warns(RuntimeWarning, match=r"4 of 16 episodes were lost; broken: OSError: out of order"):
-        got = plan_rewards(pairs, env=EchoEnv, executors=(EXPERT, NOVICE), cache=None, workers=2, timeout_s=3.0, alpha=0.0)
+        got = plan_rewards(
+            pairs, env=EchoEnv, executors=(EXPERT, NOVICE), cache=None, workers=2, timeout_s=3.0, alpha=0.0
+        )
     assert got.ecgr.tolist() == [2, 2, 2, 0]
     assert [pair.complete for pair in got.pairs] == [True] * 6 + [False] * 2
     with pytest.warns(RuntimeWarning):

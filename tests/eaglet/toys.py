@@ -21,10 +21,10 @@ BROKEN = Plan.parse("Step 1: yes")
 
 
 class EchoEnv(TextEnv):
-    """Score `reward` for "yes" (which ends it), half of it for "half", -1 for "die"; other words are not understood.
+    """Scores 1 for "yes" (which ends it), 0.5 for "half", -1 for "die"; other words are not understood.
 
-    `data` says what goes wrong: {"exit": path} ends the process once, {"hang": path} sleeps once, {"broken": True} raises,
-    {"nan": True} scores NaN.
+    `data` says what goes wrong: {"exit": path} ends the process once, {"hang": path} sleeps once, {"broken": True}
+    raises, {"nan": True} scores NaN.
     """
 
     made = 0

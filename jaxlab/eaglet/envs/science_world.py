@@ -63,10 +63,11 @@ class ScienceWorldEnv(TextEnv):
     """The 30 task types of ScienceWorld, of which the splits have the 24 that ETO uses.
 
     "train", "seen" and "unseen" are the package's training, development and test variations; the last two have the
-    first 10 of each type, which for "unseen" are ETO's 211 tasks. (ETO drew its 194 of "seen" at random.) `info` has
+    first 10 of each type: for "unseen" these are ETO's 211 tasks, for "seen" 199 (ETO drew 194 at random). `info` has
     `score`, the package's integer from -100 to 100, and `ticks`: the moments that passed, ten in a `wait`.
 
-    One Java process serves one environment; it starts with the first task asked for and ends with `close`.
+    One Java process serves one environment; it starts with the first task asked for and ends with `close`. It takes no
+    seed, and now and then the same actions complete a task a moment earlier or later.
     """
 
     def __init__(self, simplification: str = "easy", observe: Sequence[str] = (), *, per_type: int | None = None):

@@ -63,6 +63,7 @@ class TextWorldEnv(TextEnv):
         self._folder = None if folder is None else Path(folder)
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._made: dict[str, list[Task]] = {}
+        self._unwritten: dict[str, Any] = {}  # games without a file, by task
         self._game: Any = None
         self._state: Any = None
 
@@ -84,6 +85,7 @@ class TextWorldEnv(TextEnv):
         data["gold"] = list(game.metadata["walkthrough"])
         told = "all" if self._detailed else "end"
         name = f"textworld-{self._rooms}-{self._objects}-{data['length']}-{data['seed']}-{told}"
+        self._unwritten[name] = game
         return Task(name, game.objective, self._max_steps, f"quest of {data['length']}", split, data)
 
     def _options(self, data: dict[str, Any]) -> Any:
@@ -114,7 +116,8 @@ class TextWorldEnv(TextEnv):
             # Written beside and moved, file by file, the game last: several processes may share a folder.
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 options.path = str(Path(scratch) / path.name)
-                self._textworld.generator.compile_game(self._textworld.generator.make_game(options), options)
+                game = self._unwritten.pop(task.id, None) or self._textworld.generator.make_game(options)
+                self._textworld.generator.compile_game(game, options)
                 for made in sorted(Path(scratch).iterdir(), key=lambda file: file.suffix == ".z8"):
                     made.replace(path.parent / made.name)
         return path
