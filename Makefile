@@ -83,7 +83,7 @@ $(VENV)/.ready-aot: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready-aot
-	$(install) -e '.[aot,folding,rl,test]'
+	$(install) -e '.[aot,folding,rl,agents,test]'
 	@touch $@
 
 $(VENV)/.ready-lint: $(VENV)/.ready-aot

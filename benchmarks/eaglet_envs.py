@@ -9,6 +9,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import Case
@@ -57,7 +58,7 @@ def science_world(quick: bool) -> Case:
             ]
             for _ in range(3 if quick else 6):
                 counts = [
-                    (*play(lambda: env.reset(task), env.step, path), *play(lambda: load(task), peer.step, path))
+                    (*play(partial(env.reset, task), env.step, path), *play(partial(load, task), peer.step, path))
                     for task, path in paths
                 ]
                 rates.append([sum(column) for column in zip(*counts)])

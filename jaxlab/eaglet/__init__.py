@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     )
     from jaxlab.eaglet.executors import Context, Executor, GoldGuide, Guide, OpenAIExecutor, ScriptedExecutor
     from jaxlab.eaglet.gain import capability_gain, ecgr, final_reward, format_reward, group_advantages, hcf_keep
+    from jaxlab.eaglet.pairs import PairedRollout, PlanRewards, plan_rewards
     from jaxlab.eaglet.plans import Plan, PlanParse, format_plan, parse_plan, plan_steps
-    from jaxlab.eaglet.rollouts import PairedRollout, PlanRewards, Rollout, RolloutCache, plan_rewards, rollout
+    from jaxlab.eaglet.rollouts import Rollout, RolloutCache, rollout
     from jaxlab.eaglet.synth import GoldPathPlanSource, OpenAIPlanSource, PlanSource, PlanSourceError
 
 __all__ = [
@@ -94,8 +95,9 @@ __getattr__, __dir__ = lazy.attach(
         ),
         "executors": ("Context", "Executor", "GoldGuide", "Guide", "OpenAIExecutor", "ScriptedExecutor"),
         "gain": ("capability_gain", "ecgr", "final_reward", "format_reward", "group_advantages", "hcf_keep"),
+        "pairs": ("PairedRollout", "PlanRewards", "plan_rewards"),
         "plans": ("Plan", "PlanParse", "format_plan", "parse_plan", "plan_steps"),
-        "rollouts": ("PairedRollout", "PlanRewards", "Rollout", "RolloutCache", "plan_rewards", "rollout"),
+        "rollouts": ("Rollout", "RolloutCache", "rollout"),
         "synth": ("GoldPathPlanSource", "OpenAIPlanSource", "PlanSource", "PlanSourceError"),
     },
 )

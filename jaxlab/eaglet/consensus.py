@@ -9,8 +9,9 @@ import numpy as np
 from jaxlab.eaglet.envs.base import Task
 from jaxlab.eaglet.executors import Executor
 from jaxlab.eaglet.gain import hcf_keep
+from jaxlab.eaglet.pairs import means, paired_rollouts
 from jaxlab.eaglet.plans import Plan
-from jaxlab.eaglet.rollouts import Env, RolloutCache, means, paired_rollouts
+from jaxlab.eaglet.rollouts import Env, RolloutCache
 
 
 @dataclasses.dataclass(frozen=True)

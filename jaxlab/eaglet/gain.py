@@ -159,7 +159,8 @@ def _arrays(*, last_axis: bool = True, **values: Any) -> tuple[Any, Any, dict[st
       ValueError: shapes that do not broadcast, or a last axis that is absent or empty.
     """
     xp = jnp if any(isinstance(value, jax.Array) for value in values.values()) else np
-    given = [value.dtype for value in values.values() if hasattr(value, "dtype") and xp.issubdtype(value.dtype, "f")]
+    typed = [value.dtype for value in values.values() if hasattr(value, "dtype")]
+    given = [dtype for dtype in typed if jnp.issubdtype(dtype, jnp.floating)]
     dtype = np.result_type(np.float32, *given) if given else xp.asarray(0.0).dtype
     arrays = {name: xp.asarray(value) for name, value in values.items()}
     shapes = {name: array.shape for name, array in arrays.items()}

@@ -19,15 +19,8 @@ from typing import TYPE_CHECKING
 from jaxlab.core import lazy
 
 if TYPE_CHECKING:
-    from jaxlab.inference.client import (
-        AsyncClient,
-        Choice,
-        Client,
-        Completion,
-        EndpointError,
-        Piece,
-        TokenLogprob,
-    )
+    from jaxlab.inference.client import AsyncClient, Client
+    from jaxlab.inference.endpoint import Choice, Completion, EndpointError, Piece, TokenLogprob
     from jaxlab.inference.generation import Generation, generate, stream
     from jaxlab.inference.layout import decode_params
     from jaxlab.inference.params import SamplingArrays, SamplingParams
@@ -56,7 +49,8 @@ __all__ = [
 __getattr__, __dir__ = lazy.attach(
     __name__,
     {
-        "client": ("AsyncClient", "Choice", "Client", "Completion", "EndpointError", "Piece", "TokenLogprob"),
+        "client": ("AsyncClient", "Client"),
+        "endpoint": ("Choice", "Completion", "EndpointError", "Piece", "TokenLogprob"),
         "generation": ("Generation", "generate", "stream"),
         "layout": ("decode_params",),
         "params": ("SamplingArrays", "SamplingParams"),

@@ -10,84 +10,20 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import datetime
 import email.utils
-import json
 import random
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxlab.core.errors import require
+from jaxlab.inference.endpoint import SHOWN, Completion, EndpointError, Piece, error_text, read_completion, read_pieces
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
 
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
-_SHOWN = 300  # characters of an answer's body in an error
-
-
-class EndpointError(RuntimeError):
-    """An endpoint could not be used: it refused, answered nonsense, or was not to be reached, retries included.
-
-    Attributes:
-      status: of the last HTTP answer; None where there was none.
-      attempts: how often it was tried.
-      partial: text that a stream had brought before it broke.
-    """
-
-    def __init__(self, message: str, *, status: int | None = None, attempts: int = 1, partial: str = ""):
-        super().__init__(message)
-        self.status, self.attempts, self.partial = status, attempts, partial
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprob:
-    """A token of the answer, its log-probability, and those of the most likely tokens in its place."""
-
-    token: str
-    logprob: float
-    top: Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One answer: its text, why it ended ("stop", "length", ...), and its tokens' probabilities where asked for."""
-
-    text: str
-    finish_reason: str | None
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What an endpoint answered.
-
-    Attributes:
-      choices: the answers, in the order of their index.
-      usage: token counts as the endpoint reports them.
-      raw: its whole answer.
-    """
-
-    choices: tuple[Choice, ...]
-    usage: Mapping[str, Any]
-    raw: Mapping[str, Any] = dataclasses.field(repr=False)
-
-    @property
-    def text(self) -> str:
-        """The first answer's text."""
-        return self.choices[0].text
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of a stream: new text of one choice, and why it ended where it did."""
-
-    text: str
-    index: int = 0
-    finish_reason: str | None = None
-    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class AsyncClient:
@@ -164,11 +100,11 @@ class AsyncClient:
           ValueError: no model is named.
         """
         body = {"messages": [dict(message) for message in messages], **options}
-        return _completion(await self._ask("/chat/completions", body, model), self.base_url)
+        return read_completion(await self._ask("/chat/completions", body, model), self.base_url)
 
     async def complete(self, prompt: str, *, model: str | None = None, **options: Any) -> Completion:
         """A whole continuation of a text; as `chat`, but `logprobs` is a number here."""
-        return _completion(await self._ask("/completions", {"prompt": prompt, **options}, model), self.base_url)
+        return read_completion(await self._ask("/completions", {"prompt": prompt, **options}, model), self.base_url)
 
     async def stream_chat(
         self, messages: Sequence[Message], *, model: str | None = None, **options: Any
@@ -222,7 +158,7 @@ class AsyncClient:
                 try:
                     return dict(answer.json())
                 except (ValueError, TypeError) as error:
-                    raise attempt.error(f"expected JSON, got {answer.text[:_SHOWN]!r}") from error
+                    raise attempt.error(f"expected JSON, got {answer.text[:SHOWN]!r}") from error
         raise AssertionError("an attempt returns or raises")
 
     async def _stream(self, path: str, body: Mapping[str, Any], model: str | None) -> AsyncGenerator[Piece, None]:
@@ -245,7 +181,7 @@ class AsyncClient:
                         data = line[5:].strip()
                         if data == "[DONE]":
                             return
-                        for piece in _pieces(data, attempt):
+                        for piece in read_pieces(data, attempt.error):
                             attempt.partial += piece.text
                             yield piece
 
@@ -277,7 +213,7 @@ class _Attempt:
         """Raises for an answer that is none."""
         if status == 200:
             return
-        what = f"HTTP {status}: {_message(text)}"
+        what = f"HTTP {status}: {error_text(text)}"
         if status not in _RETRIED or not self._more:
             raise self.error(what, status)
         self.retry_after = _retry_after(headers.get("retry-after"))
@@ -323,66 +259,6 @@ def _retry_after(header: str | None) -> float | None:
     if when.tzinfo is None:
         when = when.replace(tzinfo=datetime.UTC)
     return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
-
-
-def _message(text: str) -> str:
-    """What an error's body says."""
-    try:
-        error = json.loads(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return text[:_SHOWN].strip()
-
-
-def _completion(answer: Mapping[str, Any], url: str) -> Completion:
-    try:
-        choices = sorted(answer["choices"], key=lambda choice: choice.get("index", 0))
-        made = tuple(
-            Choice(_text(choice, "message"), choice.get("finish_reason"), _logprobs(choice.get("logprobs")))
-            for choice in choices
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EndpointError(
-            f"{url}: expected an answer with choices, got {str(answer)[:_SHOWN]}", status=200
-        ) from error
-    if not made:
-        raise EndpointError(f"{url}: expected at least one choice, got none", status=200)
-    return Completion(made, answer.get("usage") or {}, answer)
-
-
-def _pieces(data: str, attempt: _Attempt) -> Iterator[Piece]:
-    try:
-        event = json.loads(data)
-        if "error" in event:
-            raise attempt.error(f"the stream broke: {_message(data)}")
-        for choice in event["choices"]:
-            text, logprobs = _text(choice, "delta"), _logprobs(choice.get("logprobs"))
-            yield Piece(text, choice.get("index", 0), choice.get("finish_reason"), logprobs)
-    except (ValueError, KeyError, TypeError) as error:
-        raise attempt.error(f"expected a piece of a stream, got {data[:_SHOWN]!r}") from error
-
-
-def _text(choice: Mapping[str, Any], part: str) -> str:
-    return (choice[part].get("content") if part in choice else choice["text"]) or ""
-
-
-def _logprobs(given: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...] | None:
-    """Log-probabilities in the form of chat (a list of contents) or of completions (parallel lists)."""
-    if not given:
-        return None
-    if given.get("content") is not None:
-        return tuple(
-            TokenLogprob(
-                each["token"],
-                float(each["logprob"]),
-                {top["token"]: float(top["logprob"]) for top in each.get("top_logprobs") or ()},
-            )
-            for each in given["content"]
-        )
-    tokens, values = given.get("tokens") or (), given.get("token_logprobs") or ()
-    tops = given.get("top_logprobs") or [{}] * len(tokens)
-    known = (value if value is not None else float("nan") for value in values)  # the first token of an echo has none
-    return tuple(TokenLogprob(token, float(value), dict(top or {})) for token, value, top in zip(tokens, known, tops))
 
 
 class Client:

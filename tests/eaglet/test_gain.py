@@ -67,6 +67,8 @@ def test_axes_broadcast_and_dtypes_stay():
     assert hcf_keep(r, 0.5).shape == (4, 3)
     assert hcf_keep(r, 0.5).dtype == bool
     assert capability_gain(1, 0, [1], 1).dtype == np.float64
+    assert capability_gain(r, np.zeros(2), 1, 1).dtype == np.float64
+    assert capability_gain(jnp.ones(2, jnp.bfloat16), 0.5, 1, 1).dtype == np.float32
     assert isinstance(jax.jit(ecgr)(jnp.ones(2), jnp.zeros(2), jnp.ones(2), jnp.ones(2)), jax.Array)
     assert final_reward(got.sum(-1), 1.0).dtype == np.float32
 
