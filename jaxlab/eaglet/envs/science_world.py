@@ -4,6 +4,7 @@ The package's `step` lists all valid actions and looks around on every call, whi
 action is three short calls, and more is asked for only where `observe` names it.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -182,12 +183,15 @@ class ScienceWorldEnv(TextEnv):
         return list(self._gold[task.id])
 
     def _replay(self, task: Task, actions: Sequence[str]) -> list[str] | None:
-        """The actions up to the one that completes the task; None where they do not."""
+        """The actions up to the one that completes the task, and waiting after it; None where they do not."""
         self._load(task)
         for number, action in enumerate(actions, 1):
             self._server.step(action)
             if self._server.getCompleted():
-                return list(actions[:number]) if round(100 * self._server.getScore()) == 100 else None
+                if round(100 * self._server.getScore()) != 100:
+                    return None
+                waits = itertools.takewhile(lambda action: action.startswith("wait"), actions[number:])
+                return [*actions[:number], *waits]  # another time it may take a moment longer
         return None
 
     def _restore(self) -> None:
