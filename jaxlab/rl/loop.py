@@ -1,10 +1,12 @@
 """The loop of policy optimisation: roll out, score, update, log, checkpoint; for rollouts of any kind."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +74,8 @@ class PolicyTrainer:
         folder: str | os.PathLike | None = None,
         callback: Callable[["PolicyTrainer", dict[str, float]], None] | None = None,
         allow_changes: bool = False,
+        ddof: int = 1,
+        skip_uniform: bool = False,
     ):
         """Lays out the state; the step is compiled when it is first made.
 
@@ -87,6 +91,9 @@ class PolicyTrainer:
             folder: for metrics and checkpoints.
             callback: called after each step with the trainer and the step's numbers, in every process.
             allow_changes: go on from a checkpoint of another config; the stop rule's window must be the same.
+            ddof: of the groups' standard deviation, see `compute_advantages`.
+            skip_uniform: where the rewards of every group are equal, warn and make no update, which would be that of
+                decay and old moments alone.
 
         Raises:
             ValueError: `beta` > 0 without `ref_params`, several processes without a mesh, or a batch, mini-batch or
@@ -98,6 +105,7 @@ class PolicyTrainer:
         self.config, self.folder = config, None if folder is None else Path(folder)
         self._rollout, self._token_logps = rollout, token_logps
         self._mesh, self._names, self._callback, self._allow_changes = mesh, names, callback, allow_changes
+        self._skip_uniform = skip_uniform
         self._tx = default_optimizer(config) if tx is None else tx
         sfpo = config.sfpo or SFPOConfig()
         self._checkpointer = None if self.folder is None else core.Checkpointer(self.folder / "checkpoints")
@@ -115,6 +123,7 @@ class PolicyTrainer:
                 group_size=config.num_generations,
                 kind=config.advantage_kind,
                 eps=config.advantage_eps,
+                ddof=ddof,
             )
         )
         self._score = jax.jit(self._score_function)
@@ -162,9 +171,9 @@ class PolicyTrainer:
             active = np.asarray(config.sfpo is not None and bool(self._active(self._entropies)))
             with self._in_mesh():
                 batch, numbers = self._prepared(rollout)
-                self._state, metrics = self._update(state, batch, active)
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not numbers["all_masked"]:  # it would be the entropy of nothing
+                updates = not (self._skip_uniform and numbers["zero_variance_fraction"] == 1)
+                values = self._updated(batch, active) if updates else self._not_updated(index)
+            if updates and not numbers["all_masked"]:  # it would be the entropy of nothing
                 self._entropies = self._observe(self._entropies, values["entropy"])
             updated = time.perf_counter()
         if values["skipped"] and config.nonfinite == "raise":
@@ -175,13 +184,23 @@ class PolicyTrainer:
         return {
             **rollout.metrics,
             **numbers,
-            "kl": values["approx_kl"],
+            **({"kl": values["approx_kl"]} if updates else {}),
             **values,
             "rollout_seconds": rolled - started,
             "update_seconds": updated - rolled,
             "compilations": compiled.count,
-            "sfpo_active": bool(active),
+            "sfpo_active": bool(active) and updates,
         }
+
+    def _updated(self, batch: UpdateBatch, active: np.ndarray) -> dict[str, float]:
+        self._state, metrics = self._update(self._state, batch, active)
+        return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+    def _not_updated(self, index: int) -> dict[str, float]:
+        warnings.warn(f"step {index}: the rewards of every group are equal, no update is made", RuntimeWarning, 4)
+        step = self._state.step
+        self._state = dataclasses.replace(self._state, step=jax.device_put(np.int32(index), step.sharding))
+        return {"loss": 0.0, "grad_norm": 0.0, "skipped": 0.0}
 
     def _prepared(self, rollout: Rollout) -> tuple[UpdateBatch, dict[str, float]]:
         """What the passes need of a rollout, computed once before the first of them."""

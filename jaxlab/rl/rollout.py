@@ -104,13 +104,7 @@ class TextRollouts:
 
     def chosen(self, draw: int) -> list[int]:
         """The rows of the data that a draw takes."""
-        count, size = self._config.prompts_per_step, len(self._prompts)
-        places = range(draw * count, (draw + 1) * count)
-        orders = {
-            epoch: np.random.default_rng([self._config.seed, epoch]).permutation(size)
-            for epoch in {place // size for place in places}
-        }
-        return [int(orders[place // size][place % size]) for place in places]
+        return chosen_rows(draw, self._config.prompts_per_step, len(self._prompts), self._config.seed)
 
     def __call__(self, params: PyTree, key: Array, draw: int) -> Rollout:
         """Samples and scores one batch."""
@@ -139,7 +133,7 @@ class TextRollouts:
         rewards, means = self._prompts.rewards(self._reward_fns, self._factors, sources, out.text)
         seconds = {"sampling_seconds": sampled - started, "reward_seconds": time.perf_counter() - sampled}
         return Rollout(
-            inputs=self._inputs(sources, tokens, lengths),
+            inputs=text_inputs([self._prompts.ids[row] for row in sources], self._prompts.longest, tokens, lengths),
             mask=mask.astype(np.float32),
             logps=logps,
             rewards=rewards,
@@ -147,14 +141,32 @@ class TextRollouts:
             metrics={**means, **seconds},
         )
 
-    def _inputs(self, sources: Sequence[int], tokens: np.ndarray, lengths: np.ndarray) -> TextInputs:
-        """Prompt and completion of each row; what follows is 0, an id like any other, and masked."""
-        ids = [self._prompts.ids[row] for row in sources]
-        whole = np.zeros((len(ids), self._prompts.longest + tokens.shape[1]), np.int32)
-        for line, prompt, new, length in zip(whole, ids, tokens, lengths):
-            line[: len(prompt)] = prompt
-            line[len(prompt) : len(prompt) + length] = new[:length]
-        return TextInputs(whole, np.array([len(prompt) for prompt in ids], np.int32))
+
+def chosen_rows(draw: int, count: int, size: int, seed: int) -> list[int]:
+    """Which `count` of `size` rows a draw takes: each once before any twice, in an order of each epoch's own."""
+    places = range(draw * count, (draw + 1) * count)
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in {place // size for place in places}
+    }
+    return [int(orders[place // size][place % size]) for place in places]
+
+
+def text_inputs(
+    prompts: Sequence[Sequence[int]], longest: int, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray
+) -> TextInputs:
+    """Prompt and completion of each row; what follows is 0, an id like any other, and masked.
+
+    Args:
+        prompts: ids, one a row.
+        longest: room for a prompt, the same in every batch so that nothing compiles anew.
+        tokens: `[B,T]` completions.
+        lengths: `[B]` tokens of each.
+    """
+    whole = np.zeros((len(prompts), longest + tokens.shape[1]), np.int32)
+    for line, prompt, new, length in zip(whole, prompts, tokens, lengths):
+        line[: len(prompt)] = prompt
+        line[len(prompt) : len(prompt) + length] = new[:length]
+    return TextInputs(whole, np.array([len(prompt) for prompt in prompts], np.int32))
 
 
 def next_batch(

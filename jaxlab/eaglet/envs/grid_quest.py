@@ -1,9 +1,9 @@
 """A small world in which a plan is worth having: the way is in sight, what to do is not.
 
-Eight places lie somewhere on a grid, and the observation tells the direction of each. A task ("brew the amber tonic")
-is a recipe: four places to be used in order. Half of a recipe comes with the first word and half with the second, the
-same in every task, and neither is told: a planner can learn them, an executor that only looks around cannot. Pairs of
-words that training never had ("unseen") need both halves.
+Eight places lie somewhere on a grid, and the observation tells the direction of each, and how much is done. A task
+("brew the amber tonic") is a recipe: four places to be used in order. Half of a recipe comes with the first word and
+half with the second, the same in every task, and neither is told: a planner can learn them, an executor that only looks
+around cannot. Pairs of words that training never had ("unseen") need both halves.
 """
 
 import functools
@@ -114,7 +114,7 @@ class GridQuestEnv(TextEnv):
         for (row, column), place in self._cells.items():
             ways = [*dict.fromkeys(_ways(self._cell, (row, column)))]
             seen.append(f"{place}: {' '.join(ways) or 'here'}.")
-        return " ".join(seen)
+        return f"{self._done} of {len(self._recipe)} done. {' '.join(seen)}"
 
 
 class GridGuide:

@@ -1,0 +1,151 @@
+"""Supervised training on prompts with their completions, for planners and executors alike; the loss is the library's."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlab import core
+from jaxlab.training import OptimizerConfig, TokenBatch, TrainState, fit, lm_loss, make_train_step, optimizer
+
+Row = tuple[Sequence[int], Sequence[int]]
+"""Ids of a prompt, and of what is to follow it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Supervised training; every default is ours.
+
+    Attributes:
+      steps: updates.
+      batch_size: rows of an update.
+      optimizer: AdamW behind a clip of the gradient's norm; 1e-5 is usual for models of billions of parameters.
+      seed: of the order of the rows.
+      checkpoint_every: steps between checkpoints; 0: at the end only.
+    """
+
+    steps: int = 300
+    batch_size: int = 32
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3))
+    seed: int = 0
+    checkpoint_every: int = 0
+
+    def __post_init__(self):
+        for name, least in {"steps": 1, "batch_size": 1, "checkpoint_every": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected a value >= {least}, got {getattr(self, name)}")
+        if self.optimizer.steps is None:
+            object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, steps=self.steps))
+
+
+class CompletionBatches(Iterator[TokenBatch]):
+    """Batches of one prompt and completion a row, padded to the longest; only completions count in the loss.
+
+    Batch number `step` depends on rows, size, seed and `step` alone; every epoch has an order of its own.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, batch_size: int, seed: int):
+        """Keeps the rows."""
+        size = -(-max(len(prompt) + len(completion) for prompt, completion in rows) // 16) * 16
+        self._tokens = np.zeros((len(rows), size + 1), np.int32)
+        self._counts = np.zeros((len(rows), size + 1), np.float32)
+        for line, counts, (prompt, completion) in zip(self._tokens, self._counts, rows):
+            whole = len(prompt) + len(completion)
+            line[:whole] = [*prompt, *completion]
+            counts[len(prompt) : whole] = 1
+        digest = hashlib.sha256(self._tokens.tobytes() + self._counts.tobytes()).hexdigest()[:12]
+        self._identity = {"rows": digest, "batch_size": batch_size, "seed": seed}
+        self._size, self._seed, self._step = batch_size, seed, 0
+
+    def __next__(self) -> TokenBatch:
+        """The next batch."""
+        count, chosen = len(self._tokens), []
+        for place in range(self._step * self._size, (self._step + 1) * self._size):
+            epoch, index = divmod(place, count)
+            chosen.append(int(np.random.default_rng((self._seed, epoch)).permutation(count)[index]))
+        self._step += 1
+        tokens, counts = self._tokens[chosen], self._counts[chosen]
+        positions = np.broadcast_to(np.arange(tokens.shape[1] - 1, dtype=np.int32), tokens[:, 1:].shape)
+        ones = np.ones_like(tokens[:, 1:])  # padding lies behind everything that counts
+        return TokenBatch(tokens[:, :-1], tokens[:, 1:], positions, ones, counts[:, 1:])
+
+    def state(self) -> dict[str, Any]:
+        """The position, with what it is a position in."""
+        return {"step": self._step, **self._identity}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes to a saved position.
+
+        Raises:
+          ValueError: it is one in other rows, or of another batch size or seed.
+        """
+        for name, ours in self._identity.items():
+            if state.get(name) != ours:
+                raise ValueError(f"batches: expected a position with {name} = {ours}, got {state.get(name)}")
+        self._step = int(state["step"])
+
+
+class Supervised:
+    """A run that can be stopped on the way: `until(step)` trains so far, and gives the parameters."""
+
+    def __init__(
+        self, model: Any, params: Any, rows: Sequence[Row], config: SFTConfig, *, folder: str | os.PathLike | None = None
+    ):
+        """Lays out the state.
+
+        Args:
+          model: a `Decoder`.
+          params: where it starts; they are copied.
+          rows: prompts with completions.
+          config: of the run.
+          folder: for metrics and checkpoints; a run found there goes on.
+
+        Raises:
+          ValueError: no rows, or one that is longer than the model's context.
+        """
+        if not rows:
+            raise ValueError("pairs: expected at least one to train on, got none")
+        longest, room = max(len(prompt) + len(rest) for prompt, rest in rows), model.config.max_position_embeddings
+        if longest > room:
+            raise ValueError(f"pairs: expected prompt and completion of at most {room} tokens, got {longest}")
+        self._config, self.history = config, list[dict[str, float]]()
+        self._folder = None if folder is None else Path(folder)
+        self._batches = CompletionBatches(rows, batch_size=config.batch_size, seed=config.seed)
+        tx, key = optimizer(config.optimizer), core.named_key(jax.random.key(config.seed), "supervised")
+        self._state = TrainState.create(jax.tree.map(jax.numpy.copy, params), tx, key)
+        self._step = make_train_step(lm_loss(model), tx)
+
+    def until(self, steps: int) -> Any:
+        """Trains up to a step; the parameters there, which stay."""
+        folder = self._folder
+        checkpointer = None if folder is None else core.Checkpointer(folder / "checkpoints")
+        logger = None if folder is None else core.MetricsLogger(folder)
+        self._state = fit(
+            self._state,
+            self._step,
+            self._batches,
+            steps=steps,
+            checkpointer=checkpointer,
+            every=self._config.checkpoint_every or steps,
+            logger=_Kept(self.history, logger),  # type: ignore[arg-type]
+        )
+        if logger is not None:
+            logger.close()
+        return jax.tree.map(jax.numpy.copy, self._state.params)
+
+
+class _Kept:
+    """A logger that keeps what it is told, and passes it on."""
+
+    def __init__(self, history: list[dict[str, float]], logger: core.MetricsLogger | None):
+        self._history, self._logger = history, logger
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._history.append({"step": step, **{name: float(value) for name, value in values.items()}})
+        if self._logger is not None:
+            self._logger.log(step, values)
