@@ -50,6 +50,11 @@ SYSTEMS: dict[str, System] = {
         "Reinforcement learning of language models by slow-fast policy optimisation.",
         "configs/sfpo/laptop.yaml",
     ),
+    "eaglet": System(
+        "jaxlab.eaglet",
+        "A planner trained by what its plans are worth to executors that stay as they are.",
+        "configs/eaglet/laptop.yaml",
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 

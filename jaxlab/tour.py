@@ -32,6 +32,7 @@ RECIPES: dict[str, str] = {
     "superoffload": "jaxlab.superoffload.recipe:configs/superoffload/laptop.yaml",
     "megafold": "jaxlab.megafold.recipe:configs/megafold/laptop.yaml",
     "sfpo": "jaxlab.sfpo.recipe:configs/sfpo/laptop.yaml",
+    "eaglet": "jaxlab.eaglet.recipe:configs/eaglet/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from jaxlab.core import lazy
 
 if TYPE_CHECKING:
+    from jaxlab.eaglet.cloning import clone_executors, demonstrations
     from jaxlab.eaglet.consensus import FilterReport, hcf_filter
+    from jaxlab.eaglet.controls import Sampled, ShuffledPlans, sample_plans
     from jaxlab.eaglet.envs import (
         ALFWorldEnv,
         GridGuide,
@@ -30,16 +32,24 @@ if TYPE_CHECKING:
         TextWorldEnv,
         WebShopEnv,
     )
+    from jaxlab.eaglet.evaluation import Comparison, EvalReport, compare, evaluate, false_gain_rate
     from jaxlab.eaglet.executors import Context, Executor, GoldGuide, Guide, OpenAIExecutor, ScriptedExecutor
     from jaxlab.eaglet.gain import capability_gain, ecgr, final_reward, format_reward, group_advantages, hcf_keep
+    from jaxlab.eaglet.lm_executor import LMExecutor
     from jaxlab.eaglet.pairs import PairedRollout, PlanRewards, plan_rewards
+    from jaxlab.eaglet.planner import Planner, TrainResult, train_sft
     from jaxlab.eaglet.plans import Plan, PlanParse, format_plan, parse_plan, plan_steps
+    from jaxlab.eaglet.reinforcement import PlanGRPOConfig, train_grpo
     from jaxlab.eaglet.rollouts import Rollout, RolloutCache, rollout
+    from jaxlab.eaglet.supervised import SFTConfig
     from jaxlab.eaglet.synth import GoldPathPlanSource, OpenAIPlanSource, PlanSource, PlanSourceError
+    from jaxlab.eaglet.words import word_tokenizer
 
 __all__ = [
     "ALFWorldEnv",
+    "Comparison",
     "Context",
+    "EvalReport",
     "Executor",
     "FilterReport",
     "GoldGuide",
@@ -47,25 +57,37 @@ __all__ = [
     "GridGuide",
     "GridQuestEnv",
     "Guide",
+    "LMExecutor",
     "OpenAIExecutor",
     "OpenAIPlanSource",
     "PairedRollout",
     "Plan",
+    "PlanGRPOConfig",
     "PlanParse",
     "PlanRewards",
     "PlanSource",
     "PlanSourceError",
+    "Planner",
     "ReasoningGymEnv",
     "Rollout",
     "RolloutCache",
+    "SFTConfig",
+    "Sampled",
     "ScienceWorldEnv",
     "ScriptedExecutor",
+    "ShuffledPlans",
     "Task",
     "TextEnv",
     "TextWorldEnv",
+    "TrainResult",
     "WebShopEnv",
     "capability_gain",
+    "clone_executors",
+    "compare",
+    "demonstrations",
     "ecgr",
+    "evaluate",
+    "false_gain_rate",
     "final_reward",
     "format_plan",
     "format_reward",
@@ -76,6 +98,10 @@ __all__ = [
     "plan_rewards",
     "plan_steps",
     "rollout",
+    "sample_plans",
+    "train_grpo",
+    "train_sft",
+    "word_tokenizer",
 ]
 
 __getattr__, __dir__ = lazy.attach(
@@ -98,6 +124,34 @@ __getattr__, __dir__ = lazy.attach(
         "pairs": ("PairedRollout", "PlanRewards", "plan_rewards"),
         "plans": ("Plan", "PlanParse", "format_plan", "parse_plan", "plan_steps"),
         "rollouts": ("Rollout", "RolloutCache", "rollout"),
+        "cloning": (
+            "clone_executors",
+            "demonstrations",
+        ),
+        "controls": (
+            "Sampled",
+            "ShuffledPlans",
+            "sample_plans",
+        ),
+        "evaluation": (
+            "Comparison",
+            "EvalReport",
+            "compare",
+            "evaluate",
+            "false_gain_rate",
+        ),
+        "lm_executor": ("LMExecutor",),
+        "planner": (
+            "Planner",
+            "TrainResult",
+            "train_sft",
+        ),
+        "reinforcement": (
+            "PlanGRPOConfig",
+            "train_grpo",
+        ),
+        "supervised": ("SFTConfig",),
+        "words": ("word_tokenizer",),
         "synth": ("GoldPathPlanSource", "OpenAIPlanSource", "PlanSource", "PlanSourceError"),
     },
 )

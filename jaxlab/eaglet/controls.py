@@ -36,9 +36,7 @@ class ShuffledPlans:
         Raises:
           ValueError: there is no such task.
         """
-        others = [
-            each for each in self._tasks if each.id != task.id and (each.type == task.type) == self._same
-        ]
+        others = [each for each in self._tasks if each.id != task.id and (each.type == task.type) == self._same]
         if not others:
             kind = "the same type" if self._same else "another type"
             raise ValueError(f"tasks: expected another one of {kind} as {task.id!r}, {task.type!r}, got none")

@@ -111,11 +111,15 @@ def compare(report: EvalReport, baseline: EvalReport) -> Comparison:
       ValueError: they share no task and seed.
     """
     theirs = {(row["task_id"], row["seed"]): row for row in baseline.table}
-    pairs = [(row, theirs[row["task_id"], row["seed"]]) for row in report.table if (row["task_id"], row["seed"]) in theirs]
+    pairs = [
+        (row, theirs[row["task_id"], row["seed"]]) for row in report.table if (row["task_id"], row["seed"]) in theirs
+    ]
     if not pairs:
         raise ValueError("baseline: expected a report on the same tasks and seeds, got one that shares none")
     clusters = [mine["task_id"] for mine, _ in pairs]
-    gains = (_interval([float(mine[name]) - float(other[name]) for mine, other in pairs], clusters) for name in MEASURES)
+    gains = (
+        _interval([float(mine[name]) - float(other[name]) for mine, other in pairs], clusters) for name in MEASURES
+    )
     successes = zip(*((mine["success"], other["success"]) for mine, other in pairs))
     return Comparison(*gains, statistics.mcnemar_exact(*map(list, successes)))
 

@@ -58,7 +58,7 @@ class Planner:
     def plan_all(
         self, instructions: Sequence[str], *, rng: Array | None = None, temperature: float = 1.0, n: int = 1
     ) -> list[list[Plan]]:
-        """n plans of each of several tasks, all drawn together; takes and raises what `plan` does."""
+        """N plans of each of several tasks, all drawn together; takes and raises what `plan` does."""
         sampling = SamplingParams(max_tokens=self.max_tokens, temperature=temperature, stop=PLAN_END)
         prompts = [self.prompt_ids(instruction) for instruction in instructions]
         out = generate(self.model, self.params, prompts, sampling, n=n, rng=rng, tokenizer=self.tokenizer)

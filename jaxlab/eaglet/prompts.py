@@ -22,9 +22,7 @@ def planner_prompt(tokenizer: Any, instruction: str) -> str:
     return f"Task: {instruction}\n"
 
 
-def executor_prompt(
-    context: Context, *, observations: int = 1, commands: int | None = None
-) -> tuple[str, str]:
+def executor_prompt(context: Context, *, observations: int = 1, commands: int | None = None) -> tuple[str, str]:
     """What a local executor continues by a command, like the screen of a terminal.
 
     Task and plan come first and stay whole. What was done follows, more commands than observations, for it is the
@@ -59,7 +57,9 @@ def fitted(tokenizer: Any, head: str, body: str, room: int, name: str) -> list[i
     """
     kept, rest = tokenizer.encode(head), tokenizer.encode(body)
     if len(kept) >= room:
-        raise ValueError(f"length: expected room for more than task and plan of {name!r}, {len(kept)} tokens, got {room}")
+        raise ValueError(
+            f"length: expected room for more than task and plan of {name!r}, {len(kept)} tokens, got {room}"
+        )
     return [*kept, *rest[max(0, len(kept) + len(rest) - room) :]]
 
 

@@ -101,7 +101,7 @@ def _logps(
 
 def _branching(q, k, v, *, positions, segment_ids, scale, window):
     """Attention to the context and to one's own command; every row has a context, so that no query sees nothing."""
-    batch, length, heads, dim = q.shape
+    batch, length, _heads, dim = q.shape
     index = jnp.arange(length)
     seen = (segment_ids[:, None, :] == segment_ids[:, :, None]) | (segment_ids[:, None, :] == 1)
     seen &= index[None, :] <= index[:, None]

@@ -94,7 +94,13 @@ class Supervised:
     """A run that can be stopped on the way: `until(step)` trains so far, and gives the parameters."""
 
     def __init__(
-        self, model: Any, params: Any, rows: Sequence[Row], config: SFTConfig, *, folder: str | os.PathLike | None = None
+        self,
+        model: Any,
+        params: Any,
+        rows: Sequence[Row],
+        config: SFTConfig,
+        *,
+        folder: str | os.PathLike | None = None,
     ):
         """Lays out the state.
 

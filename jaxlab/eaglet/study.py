@@ -1,0 +1,267 @@
+"""The whole of EAGLET on one world, stage by stage, each kept in a folder: plans, filter, cold start, reinforcement."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlab import core
+from jaxlab.eaglet.consensus import FilterReport, hcf_filter
+from jaxlab.eaglet.controls import ShuffledPlans, sample_plans
+from jaxlab.eaglet.envs.base import Task, TextEnv
+from jaxlab.eaglet.evaluation import EvalReport, evaluate, plans_of
+from jaxlab.eaglet.executors import Executor
+from jaxlab.eaglet.pairs import PlanRewards, plan_rewards
+from jaxlab.eaglet.planner import Planner, train_sft
+from jaxlab.eaglet.plans import Plan
+from jaxlab.eaglet.reinforcement import PlanGRPOConfig, train_grpo
+from jaxlab.eaglet.rollouts import RolloutCache
+from jaxlab.eaglet.supervised import SFTConfig
+from jaxlab.eaglet.synth import GoldPathPlanSource, PlanSource
+from jaxlab.eaglet.words import word_tokenizer
+from jaxlab.eaglet.worlds import ExecutorsConfig, Sizes, WorldConfig, make_executors
+from jaxlab.models.decoder import init_params
+from jaxlab.rl.config import check_choice
+
+METHODS = {
+    "none": "no plan",
+    "untrained": "untrained planner",
+    "other_type": "gold plan of another type",
+    "sft_all": "SFT on all plans",
+    "sft": "SFT on filtered plans",
+    "grpo": "GRPO, gain of both",
+    "grpo_expert": "GRPO, gain of the expert",
+    "grpo_novice": "GRPO, gain of the novice",
+    "grpo_success": "GRPO, success",
+    "best_of": "best of 8 (oracle)",
+    "gold": "gold plan",
+}
+_REWARDS = {"grpo": "gain", "grpo_expert": "expert", "grpo_novice": "novice", "grpo_success": "success"}
+_HELD_OUT = ("seen", "unseen")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What is trained and compared; every default is ours.
+
+    Attributes:
+      world: where.
+      executors: who acts.
+      planner: sizes of the decoder that plans.
+      max_tokens: of a planner's output.
+      corruption: probability of a fault in a plan that the cold start gets to see.
+      filter_seeds: episodes of each executor that the filter judges a plan by.
+      sft: the cold start.
+      grpo: the reinforcement; its `reward` is the method's.
+      methods: of `METHODS`.
+      eval_seeds: episodes of each held-out task.
+      seed: of faults, parameters, orders and draws.
+      folder: keeps every stage; none: a temporary one.
+    """
+
+    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    executors: ExecutorsConfig = dataclasses.field(default_factory=ExecutorsConfig)
+    planner: Sizes = dataclasses.field(default_factory=Sizes)
+    max_tokens: int = 48
+    corruption: int | float = 0.5
+    filter_seeds: tuple[int, ...] = (0, 1)
+    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    grpo: PlanGRPOConfig = dataclasses.field(default_factory=PlanGRPOConfig)
+    methods: tuple[str, ...] = ("none", "other_type", "sft_all", "sft", "grpo", "gold")
+    eval_seeds: tuple[int, ...] = (0, 1)
+    seed: int = 0
+    folder: str | None = None
+
+    def __post_init__(self):
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods: expected at least one, none twice, got {self.methods}")
+        for method in self.methods:
+            check_choice("methods", method, tuple(METHODS))
+        if self.grpo.reward != "gain":
+            raise ValueError(f"grpo.reward: expected 'gain', since methods set it, got {self.grpo.reward!r}")
+
+
+class Study:
+    """Stages of one study; what a stage has made before is only read.
+
+    The folder holds `plans.jsonl`, `kept.jsonl`, `executors/`, and a planner a method, such as `sft/` and `grpo/`.
+    """
+
+    def __init__(self, config: StudyConfig, folder: str | os.PathLike):
+        """Starts nothing.
+
+        Raises:
+          ValueError: the folder belongs to a study of other settings.
+        """
+        self.config, self.folder = config, Path(folder)
+        self.env: TextEnv = config.world.make()
+        self.cache = RolloutCache()
+        _check_folder(config, self.folder)
+
+    @functools.cached_property
+    def train(self) -> list[Task]:
+        """Tasks for training."""
+        return self.config.world.tasks(self.env, "train")
+
+    @functools.cached_property
+    def held_out(self) -> dict[str, list[Task]]:
+        """Tasks of the other splits."""
+        return {split: self.config.world.tasks(self.env, split) for split in _HELD_OUT}
+
+    @functools.cached_property
+    def executors(self) -> dict[str, Executor]:
+        """Expert, novice and the other one."""
+        others = [task for tasks in self.held_out.values() for task in tasks]
+        return make_executors(self.config.executors, self.env, self.train, others)
+
+    @functools.cached_property
+    def pair(self) -> tuple[Executor, Executor]:
+        """Expert and novice."""
+        return self.executors["expert"], self.executors["novice"]
+
+    @functools.cached_property
+    def where(self) -> Any:
+        """What episodes are run in: this process's environment, or where decoders act, as many as they fill."""
+        return self.config.world.make if self.config.executors.kind == "lm" else self.env
+
+    @functools.cached_property
+    def gold(self) -> GoldPathPlanSource:
+        """Plans of the solutions, some with a fault."""
+        return GoldPathPlanSource(self.env, corruption=self.config.corruption, seed=self.config.seed)
+
+    def plans(self, source: PlanSource | None = None) -> list[tuple[Task, Plan]]:
+        """A plan for each training task, from `plans.jsonl` or a source; None: `gold`."""
+        path = self.folder / "plans.jsonl"
+        if not path.exists():
+            source = source or self.gold
+            self._write(path, [(task, source(task)) for task in core.progress(self.train, "plans")])
+        return self._read(path)
+
+    def filtered(self) -> FilterReport:
+        """What the filter makes of the plans."""
+        expert, novice = self.pair
+        report = hcf_filter(
+            self.plans(), expert, novice, env=self.where, seeds=self.config.filter_seeds, cache=self.cache
+        )
+        self._write(self.folder / "kept.jsonl", report.kept)
+        return report
+
+    def kept(self) -> list[tuple[Task, Plan]]:
+        """The plans that passed the filter."""
+        path = self.folder / "kept.jsonl"
+        return self._read(path) if path.exists() else self.filtered().kept
+
+    def start(self) -> Planner:
+        """A planner that has learnt nothing; its words are those of the plans, of tasks and of numbered steps."""
+        config, pairs = self.config, self.plans()
+        texts = ["Task:", *(plan.text for _, plan in pairs), *(task.instruction for task, _ in pairs)]
+        tokenizer = word_tokenizer(texts)
+        model = config.planner.model(tokenizer.vocab_size)
+        params = init_params(model, core.named_key(jax.random.key(config.seed), "planner"))
+        return Planner(model, params, tokenizer, max_tokens=config.max_tokens)
+
+    def planner(self, method: str) -> Planner:
+        """The planner of a method that trains one, trained where the folder has none yet."""
+        place = self.folder / method
+        if not (place / "config.json").exists():
+            trained = self.start() if method == "untrained" else self._trained(method)
+            trained.save(place)
+        return Planner.load(place, max_tokens=self.config.max_tokens)
+
+    def _trained(self, method: str) -> Planner:
+        config, run = self.config, self.folder / "runs" / method
+        if method in _REWARDS:
+            grpo = dataclasses.replace(config.grpo, reward=_REWARDS[method], seed=config.seed)
+            start = self.planner("sft")
+            return train_grpo(
+                start, self.train, env=self.where, executors=self.pair, config=grpo, cache=self.cache, folder=run
+            ).planner
+        pairs = self.plans() if method == "sft_all" else self.kept()
+        sft = dataclasses.replace(config.sft, seed=config.seed)
+        return train_sft(self.start(), [pair for pair in pairs if pair[1].ok], sft, folder=run).planner
+
+    def source(self, method: str, split: str) -> PlanSource | Planner | None:
+        """Where a method's plans come from."""
+        if method == "none":
+            return None
+        gold = GoldPathPlanSource(self.env)
+        if method == "gold":
+            return gold
+        if method == "other_type":
+            return ShuffledPlans(gold, self.held_out[split], seed=self.config.seed)
+        if method == "best_of":
+            best = sample_plans(
+                self.planner("sft"), self.held_out[split], env=self.where, executors=self.pair, cache=self.cache
+            ).best()
+            plans = {task.id: plan for task, plan in best}
+            return lambda task: plans[task.id]
+        return self.planner(method)
+
+    def evaluate(self, method: str, split: str, names: Sequence[str] | None = None) -> dict[str, EvalReport]:
+        """How executors do with a method's plans on held-out tasks."""
+        tasks = self.held_out[split]
+        source = self._once(method, split)
+        return {
+            name: evaluate(
+                self.where, self.executors[name], tasks, planner=source, seeds=self.config.eval_seeds, cache=self.cache
+            )
+            for name in names or self.executors
+        }
+
+    def rewards(self, method: str, split: str) -> PlanRewards:
+        """What a method's plans of held-out tasks earn: R_final."""
+        source, tasks, grpo = self._once(method, split), self.held_out[split], self.config.grpo
+        if source is None:
+            raise ValueError("method: expected one with plans, got 'none'")
+        return plan_rewards(
+            [(task, source(task)) for task in tasks],
+            env=self.where,
+            executors=self.pair,
+            cache=self.cache,
+            seeds=self.config.eval_seeds,
+            alpha=grpo.alpha,
+            max_decay=grpo.max_decay,
+        )
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a study lives as long as its run
+    def _once(self, method: str, split: str) -> PlanSource | None:
+        """A method's plans of a split, written once."""
+        source = self.source(method, split)
+        if source is None:
+            return None
+        plans = dict(zip((task.id for task in self.held_out[split]), plans_of(source, self.held_out[split])))
+        return lambda task: plans[task.id]
+
+    def _write(self, path: Path, pairs: Sequence[tuple[Task, Plan]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        rows = [json.dumps({"task_id": task.id, "text": plan.text}) for task, plan in pairs]
+        temporary.write_text("".join(f"{row}\n" for row in rows))
+        os.replace(temporary, path)
+
+    def _read(self, path: Path) -> list[tuple[Task, Plan]]:
+        known = {task.id: task for task in self.train}
+        return [(known[row["task_id"]], Plan.parse(row["text"])) for row in core.jsonl.read(path)]
+
+
+_FREE = ("methods", "eval_seeds", "folder")
+
+
+def _check_folder(config: StudyConfig, folder: Path) -> None:
+    mine = {name: value for name, value in core.to_dict(config).items() if name not in _FREE}
+    mine = json.loads(json.dumps(mine))
+    path = folder / "study.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mine, indent=1) + "\n")
+    saved = json.loads(path.read_text())
+    for name, value in mine.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{name}: {folder} has a study with {saved.get(name)!r}, got {value!r}; use another folder"
+            )

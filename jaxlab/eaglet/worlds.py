@@ -1,0 +1,158 @@
+"""Worlds and executors of a study, by name: what a config file can say about them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+
+from jaxlab.eaglet.cloning import clone_executors, demonstrations, world_texts
+from jaxlab.eaglet.envs import GridGuide, GridQuestEnv, ScienceWorldEnv, Task, TextEnv, TextWorldEnv
+from jaxlab.eaglet.executors import Executor, GoldGuide, Guide, ScriptedExecutor
+from jaxlab.eaglet.prompts import executor_prompt
+from jaxlab.eaglet.supervised import SFTConfig
+from jaxlab.eaglet.synth import GoldPathPlanSource
+from jaxlab.eaglet.words import word_tokenizer
+from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
+from jaxlab.rl.config import check_choice
+
+WORLDS: dict[str, Callable[..., TextEnv]] = {
+    "grid_quest": GridQuestEnv,
+    "text_world": TextWorldEnv,
+    "science_world": ScienceWorldEnv,
+}
+NAMES = ("expert", "novice", "other")
+"""The executors of a study; the third one is never used in training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+    """A world and how much of it is used.
+
+    Attributes:
+      name: of `WORLDS`.
+      options: arguments of its class.
+      train: tasks for training at most; None: all.
+      held_out: tasks of each other split at most; None: all.
+    """
+
+    name: str = "grid_quest"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: int | None = None
+    held_out: int | None = None
+
+    def __post_init__(self):
+        check_choice("name", self.name, tuple(WORLDS))
+        for name in ("train", "held_out"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected None or at least 1, got {getattr(self, name)}")
+
+    def make(self) -> TextEnv:
+        """The environment."""
+        return WORLDS[self.name](**self.options)
+
+    def tasks(self, env: TextEnv, split: str) -> list[Task]:
+        """The tasks that are used."""
+        return env.tasks(split)[: self.train if split == "train" else self.held_out]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A Llama-like decoder over the words of a world.
+
+    Attributes:
+      hidden_size: width.
+      layers: how many.
+      heads: of attention.
+      context: tokens at most.
+    """
+
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 4
+    context: int = 128
+
+    def model(self, vocabulary: int) -> Decoder:
+        """The network."""
+        return Decoder(
+            DecoderConfig(
+                vocab_size=vocabulary,
+                hidden_size=self.hidden_size,
+                intermediate_size=2 * self.hidden_size,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.heads,
+                max_position_embeddings=self.context,
+                tie_word_embeddings=True,
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutorsConfig:
+    """Expert, novice, and a third executor for evaluation alone.
+
+    Attributes:
+      kind: "scripted", or "lm": decoders cloned from gold paths, of which the novice is the expert stopped early and
+        the third one has other parameters to begin with.
+      skills: of scripted ones, what each knows of a task.
+      follow: of scripted ones, how well each keeps to a plan.
+      sizes: of the decoders.
+      sft: the decoders' training.
+      novice_steps: where the novice is taken.
+      detours: of `demonstrations`.
+      commands: earlier commands that decoders see; None: all.
+    """
+
+    kind: Literal["scripted", "lm"] = "scripted"
+    skills: tuple[int | float, ...] = (0.5, 0.1, 0.3)
+    follow: tuple[int | float, ...] = (0.95, 0.9, 0.9)
+    sizes: Sizes = dataclasses.field(default_factory=lambda: Sizes(layers=3, context=256))
+    sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(steps=1500, batch_size=64))
+    novice_steps: int = 750
+    detours: int | float = 0.2
+    commands: int | None = 0
+
+    def __post_init__(self):
+        check_choice("kind", self.kind, ("scripted", "lm"))
+        for name in ("skills", "follow"):
+            if len(getattr(self, name)) != len(NAMES):
+                raise ValueError(f"{name}: expected one of each of {', '.join(NAMES)}, got {getattr(self, name)}")
+
+
+def make_executors(
+    config: ExecutorsConfig, env: TextEnv, train: Sequence[Task], others: Sequence[Task]
+) -> dict[str, Executor]:
+    """The executors, by name.
+
+    Args:
+      config: which ones.
+      env: knows gold actions.
+      train: tasks that may be learnt from.
+      others: tasks that scripted executors meet besides; their gold actions are their hands and feet there.
+    """
+    if config.kind == "scripted":
+        guide = _guide(env, [*train, *others])
+        return {
+            name: ScriptedExecutor(name, guide, skill=skill, follow=follow)
+            for name, skill, follow in zip(NAMES, config.skills, config.follow)
+        }
+    teacher = ScriptedExecutor("teacher", _guide(env, train), skill=1.0)
+    shown, gold = demonstrations(env, train, teacher, detours=config.detours), GoldPathPlanSource(env)
+    tokenizer = word_tokenizer(world_texts(shown, gold))
+    model = config.sizes.model(tokenizer.vocab_size)
+    prompt = functools.partial(executor_prompt, commands=config.commands)
+    made: dict[str, Executor] = {}
+    stops = {"expert": config.sft.steps, "novice": config.novice_steps}
+    for seed, taken in enumerate((stops, {"other": config.sft.steps})):
+        params = init_params(model, jax.random.key(config.sft.seed + seed))
+        sft = dataclasses.replace(config.sft, seed=config.sft.seed + seed)
+        made |= clone_executors(model, params, tokenizer, shown, gold, taken, sft, prompt=prompt)
+    return made
+
+
+def _guide(env: TextEnv, tasks: Sequence[Task]) -> Guide:
+    if isinstance(env, GridQuestEnv):
+        return GridGuide()
+    return GoldGuide({task.id: env.gold_actions(task) for task in tasks})
