@@ -93,7 +93,7 @@ def clone_executors(
     for name, step in stops.items():
         if not 1 <= step <= config.steps:
             raise ValueError(f"stops: expected steps from 1 to config.steps = {config.steps}, got {step} for {name!r}")
-    common = {"length": length, "prompt": prompt, **executor}
+    common: dict[str, Any] = {"length": length, "prompt": prompt, **executor}
     room = LMExecutor(model, params, tokenizer, name="room", **common).length
     told = {context.task.id: plans(context.task).plan for context, _ in shown}
     rows = []

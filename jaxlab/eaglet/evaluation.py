@@ -101,7 +101,8 @@ def evaluate(
             cache.put(done)
         table.append(_row(job.task, done))
     clusters = [row["task_id"] for row in table]
-    return EvalReport(*(_interval([row[name] for row in table], clusters) for name in MEASURES), table)
+    measured = {name: _interval([row[name] for row in table], clusters) for name in MEASURES}
+    return EvalReport(**measured, table=table)
 
 
 def compare(report: EvalReport, baseline: EvalReport) -> Comparison:
@@ -117,11 +118,12 @@ def compare(report: EvalReport, baseline: EvalReport) -> Comparison:
     if not pairs:
         raise ValueError("baseline: expected a report on the same tasks and seeds, got one that shares none")
     clusters = [mine["task_id"] for mine, _ in pairs]
-    gains = (
-        _interval([float(mine[name]) - float(other[name]) for mine, other in pairs], clusters) for name in MEASURES
-    )
-    successes = zip(*((mine["success"], other["success"]) for mine, other in pairs))
-    return Comparison(*gains, statistics.mcnemar_exact(*map(list, successes)))
+    gains = {
+        name: _interval([float(mine[name]) - float(other[name]) for mine, other in pairs], clusters)
+        for name in MEASURES
+    }
+    pvalue = statistics.mcnemar_exact([mine["success"] for mine, _ in pairs], [other["success"] for _, other in pairs])
+    return Comparison(**gains, pvalue=pvalue)
 
 
 def false_gain_rate(

@@ -61,7 +61,7 @@ def plan_rewards(
     pairs: Sequence[tuple[Task, Plan]],
     *,
     env: Env,
-    executors: tuple[Executor, Executor],
+    executors: tuple[Executor, ...],
     cache: RolloutCache | None,
     seeds: Sequence[int] = (0,),
     alpha: float = 0.01,
@@ -80,7 +80,7 @@ def plan_rewards(
       pairs: tasks and plans for them.
       env: an environment, used in this process; or a function without arguments that makes one, called once a worker
         process. An executor with `act_batch` stays in this process, and then so do several environments.
-      executors: expert and novice.
+      executors: expert and novice; or one of them alone.
       cache: where baselines are found, and put; None: nowhere.
       seeds: of the episodes.
       alpha: of `capability_gain`, as `max_decay` and `tie_bonus`.

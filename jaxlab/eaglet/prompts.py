@@ -9,7 +9,7 @@ from jaxlab.models import chat_prompt
 ExecutorPrompt = Callable[[Context], tuple[str, str]]
 """A context as text: the part that must stay whole, and the part that may be cut at its beginning."""
 
-_ASK = """Write a short global plan for an agent that is given this task in a text environment. Answer in exactly this form:
+_ASK = """Write a short global plan for an agent that is given this task in a text environment. Answer in this form:
 <think> your reasoning </think><plan> Step 1: ... Step 2: ... </plan>
 
 Task: {instruction}"""

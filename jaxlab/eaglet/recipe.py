@@ -65,10 +65,10 @@ def _run(config: StudyConfig, folder: Path) -> core.Report:
             *_curve(folder),
         ),
         notes=(
-            f"{len(study.train)} tasks to train on. Plans come from solutions; {config.corruption:.0%} were to get a fault, "
-            "which the filter sees only through what the executors do with them. Gains are against the same episodes "
-            "without a plan, 95 % intervals over tasks; R_final is the gain of expert and novice plus 1 for the format. "
-            "The executor called other was never used in training.",
+            f"{len(study.train)} tasks to train on. Plans come from solutions, each with a fault by a chance of "
+            f"{config.corruption:.0%}, which the filter sees only through what executors do with them. Gains are "
+            "against the same episodes without a plan, 95 % intervals over tasks; R_final is the gain of expert and "
+            "novice, plus 1 for the format. The executor called other was never used in training.",
         ),
     )
 
@@ -104,12 +104,12 @@ def precision_recall(report: Any, faulty: dict[str, bool]) -> dict[str, float]:
     }
 
 
-def _bars(config: StudyConfig, gains: dict[tuple[str, str, str], Interval], names: list[str]) -> Any:
+def _bars(config: StudyConfig, gains: dict[tuple[str, str, str], Interval], executors: list[str]) -> Any:
     from jaxlab.core.figures import COLOURS, GREY, figure
 
     drawn, axes = figure(8.0, 3.8)
     methods = [method for method in config.methods if method != "none"]
-    for offset, (name, colour) in enumerate(zip(names, COLOURS)):
+    for offset, (name, colour) in enumerate(zip(executors, COLOURS)):
         found = [gains[method, "seen", name] for method in methods]
         means = np.array([interval.mean for interval in found])
         errors = np.array([[x.mean - x.low, x.high - x.mean] for x in found]).T.clip(0)
@@ -117,7 +117,8 @@ def _bars(config: StudyConfig, gains: dict[tuple[str, str, str], Interval], name
         axes.bar(places, means, 0.24, color=colour, label=name)
         axes.errorbar(places, means, yerr=errors, fmt="none", ecolor="#222222", elinewidth=1.0)
     axes.axhline(0, color=GREY, linewidth=1.0)
-    axes.set_xticks(range(len(methods)), [METHODS[method].replace(" of ", "\nof ").replace(" on ", "\non ") for method in methods], fontsize=8)  # fmt: skip
+    names = [METHODS[method].replace(" of ", "\nof ").replace(" on ", "\non ") for method in methods]
+    axes.set_xticks(range(len(methods)), names, fontsize=8)
     axes.set_ylabel("success gained")
     axes.legend(frameon=False, fontsize=9)
     return drawn

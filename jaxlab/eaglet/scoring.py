@@ -1,8 +1,8 @@
 """How likely a decoder finds commands: a context once, and behind it all commands side by side.
 
-A row holds a context and then every command. Tokens of a command see the context and their own command alone, and stand
-at the positions that follow the context, so that each command is scored as if it were the only one. Sizes are rounded up
-to few shapes: other contexts and commands compile nothing new.
+A row holds a context and then every command. Tokens of a command see the context and their own command alone, and
+stand at the positions that follow the context, so that each command is scored as if it were the only one. Sizes are
+rounded up to few shapes: other contexts and commands compile nothing new.
 """
 
 import functools
@@ -101,7 +101,7 @@ def _logps(
 
 def _branching(q, k, v, *, positions, segment_ids, scale, window):
     """Attention to the context and to one's own command; every row has a context, so that no query sees nothing."""
-    batch, length, _heads, dim = q.shape
+    batch, length, _, dim = q.shape
     index = jnp.arange(length)
     seen = (segment_ids[:, None, :] == segment_ids[:, :, None]) | (segment_ids[:, None, :] == 1)
     seen &= index[None, :] <= index[:, None]

@@ -1,4 +1,4 @@
-"""Supervised training on prompts with their completions, for planners and executors alike; the loss is the library's."""
+"""Supervised training on prompts with their completions, for planners and executors; the loss is the library's."""
 
 import dataclasses
 import hashlib
