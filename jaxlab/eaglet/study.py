@@ -41,7 +41,7 @@ METHODS = {
     "best_of": "best of 8 (oracle)",
     "gold": "gold plan",
 }
-_REWARDS = {"grpo": "gain", "grpo_expert": "expert", "grpo_novice": "novice", "grpo_success": "success"}
+_REWARDS: dict[str, Any] = {"grpo": "gain", "grpo_expert": "expert", "grpo_novice": "novice", "grpo_success": "success"}
 _HELD_OUT = ("seen", "unseen")
 
 
@@ -117,7 +117,7 @@ class Study:
     def executors(self) -> dict[str, Executor]:
         """Expert, novice and the other one."""
         others = [task for tasks in self.held_out.values() for task in tasks]
-        return make_executors(self.config.executors, self.env, self.train, others)
+        return make_executors(self.config.executors, self.env, self.train, others, self.folder / "executors")
 
     @functools.cached_property
     def pair(self) -> tuple[Executor, Executor]:

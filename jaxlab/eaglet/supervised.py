@@ -1,5 +1,6 @@
 """Supervised training on prompts with their completions, for planners and executors; the loss is the library's."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -119,39 +120,40 @@ class Supervised:
         longest, room = max(len(prompt) + len(rest) for prompt, rest in rows), model.config.max_position_embeddings
         if longest > room:
             raise ValueError(f"pairs: expected prompt and completion of at most {room} tokens, got {longest}")
-        self._config, self.history = config, list[dict[str, float]]()
-        self._folder = None if folder is None else Path(folder)
+        self._config, self._folder = config, None if folder is None else Path(folder)
         self._batches = CompletionBatches(rows, batch_size=config.batch_size, seed=config.seed)
         tx, key = optimizer(config.optimizer), core.named_key(jax.random.key(config.seed), "supervised")
         self._state = TrainState.create(jax.tree.map(jax.numpy.copy, params), tx, key)
-        self._step = make_train_step(lm_loss(model), tx)
+        update = make_train_step(lm_loss(model), tx)
+
+        def step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, Any]]:
+            state, metrics = update(state, batch)
+            self._metrics.append(metrics)
+            return state, metrics
+
+        self._metrics: list[dict[str, Any]] = []
+        self._step = step
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The numbers of each step that was made here."""
+        made, last = len(self._metrics), int(self._state.step)
+        return [
+            {"step": last - made + index, **{name: float(value) for name, value in metrics.items()}}
+            for index, metrics in enumerate(jax.device_get(self._metrics), 1)
+        ]
 
     def until(self, steps: int) -> Any:
         """Trains up to a step; the parameters there, which stay."""
         folder = self._folder
-        checkpointer = None if folder is None else core.Checkpointer(folder / "checkpoints")
-        logger = None if folder is None else core.MetricsLogger(folder)
-        self._state = fit(
-            self._state,
-            self._step,
-            self._batches,
-            steps=steps,
-            checkpointer=checkpointer,
-            every=self._config.checkpoint_every or steps,
-            logger=_Kept(self.history, logger),  # type: ignore[arg-type]
-        )
-        if logger is not None:
-            logger.close()
+        with contextlib.nullcontext() if folder is None else core.MetricsLogger(folder) as logger:
+            self._state = fit(
+                self._state,
+                self._step,
+                self._batches,
+                steps=steps,
+                checkpointer=None if folder is None else core.Checkpointer(folder / "checkpoints"),
+                every=self._config.checkpoint_every or steps,
+                logger=logger,
+            )
         return jax.tree.map(jax.numpy.copy, self._state.params)
-
-
-class _Kept:
-    """A logger that keeps what it is told, and passes it on."""
-
-    def __init__(self, history: list[dict[str, float]], logger: core.MetricsLogger | None):
-        self._history, self._logger = history, logger
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._history.append({"step": step, **{name: float(value) for name, value in values.items()}})
-        if self._logger is not None:
-            self._logger.log(step, values)

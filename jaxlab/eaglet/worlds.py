@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -10,6 +11,7 @@ import jax
 from jaxlab.eaglet.cloning import clone_executors, demonstrations, world_texts
 from jaxlab.eaglet.envs import GridGuide, GridQuestEnv, ScienceWorldEnv, Task, TextEnv, TextWorldEnv
 from jaxlab.eaglet.executors import Executor, GoldGuide, Guide, ScriptedExecutor
+from jaxlab.eaglet.lm_executor import LMExecutor
 from jaxlab.eaglet.prompts import executor_prompt
 from jaxlab.eaglet.supervised import SFTConfig
 from jaxlab.eaglet.synth import GoldPathPlanSource
@@ -101,6 +103,7 @@ class ExecutorsConfig:
       sizes: of the decoders.
       sft: the decoders' training.
       novice_steps: where the novice is taken.
+      other_steps: where the third one is; None: at the end.
       detours: of `demonstrations`.
       commands: earlier commands that decoders see; None: all.
     """
@@ -111,6 +114,7 @@ class ExecutorsConfig:
     sizes: Sizes = dataclasses.field(default_factory=lambda: Sizes(layers=3, context=256))
     sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(steps=1500, batch_size=64))
     novice_steps: int = 750
+    other_steps: int | None = None
     detours: int | float = 0.2
     commands: int | None = 0
 
@@ -122,7 +126,7 @@ class ExecutorsConfig:
 
 
 def make_executors(
-    config: ExecutorsConfig, env: TextEnv, train: Sequence[Task], others: Sequence[Task]
+    config: ExecutorsConfig, env: TextEnv, train: Sequence[Task], others: Sequence[Task], folder: Path
 ) -> dict[str, Executor]:
     """The executors, by name.
 
@@ -131,6 +135,7 @@ def make_executors(
       env: knows gold actions.
       train: tasks that may be learnt from.
       others: tasks that scripted executors meet besides; their gold actions are their hands and feet there.
+      folder: keeps decoders, each as a Hugging Face folder.
     """
     if config.kind == "scripted":
         guide = _guide(env, [*train, *others])
@@ -138,18 +143,27 @@ def make_executors(
             name: ScriptedExecutor(name, guide, skill=skill, follow=follow)
             for name, skill, follow in zip(NAMES, config.skills, config.follow)
         }
+    if not all((folder / name / "config.json").exists() for name in NAMES):
+        _clone(config, env, train, folder)
+    prompt = functools.partial(executor_prompt, commands=config.commands)
+    return {name: LMExecutor.load(folder / name, name=name, prompt=prompt) for name in NAMES}
+
+
+def _clone(config: ExecutorsConfig, env: TextEnv, train: Sequence[Task], folder: Path) -> None:
+    """Trains expert and novice in one run, the other one in another."""
     teacher = ScriptedExecutor("teacher", _guide(env, train), skill=1.0)
     shown, gold = demonstrations(env, train, teacher, detours=config.detours), GoldPathPlanSource(env)
     tokenizer = word_tokenizer(world_texts(shown, gold))
     model = config.sizes.model(tokenizer.vocab_size)
     prompt = functools.partial(executor_prompt, commands=config.commands)
-    made: dict[str, Executor] = {}
-    stops = {"expert": config.sft.steps, "novice": config.novice_steps}
-    for seed, taken in enumerate((stops, {"other": config.sft.steps})):
-        params = init_params(model, jax.random.key(config.sft.seed + seed))
-        sft = dataclasses.replace(config.sft, seed=config.sft.seed + seed)
-        made |= clone_executors(model, params, tokenizer, shown, gold, taken, sft, prompt=prompt)
-    return made
+    first = {"expert": config.sft.steps, "novice": config.novice_steps}
+    for run, stops in enumerate((first, {"other": config.other_steps or config.sft.steps})):
+        sft = dataclasses.replace(config.sft, seed=config.sft.seed + run)
+        params = init_params(model, jax.random.key(sft.seed))
+        where = folder / f"run-{run}"
+        made = clone_executors(model, params, tokenizer, shown, gold, stops, sft, prompt=prompt, folder=where)
+        for name, executor in made.items():
+            executor.save(folder / name)
 
 
 def _guide(env: TextEnv, tasks: Sequence[Task]) -> Guide:

@@ -1,10 +1,15 @@
 """Small environments and executors that a worker process can import."""
 
+import functools
 import os
 import time
 from pathlib import Path
 
-from jaxlab.eaglet import Executor, Plan, Task, TextEnv, format_plan
+import jax
+
+from jaxlab.eaglet import Executor, Plan, Task, TextEnv, format_plan, word_tokenizer
+from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
+from jaxlab.training import OptimizerConfig
 
 TASK = Task("toy", "Say yes.", 5, "toy", "train")
 
@@ -89,3 +94,31 @@ class SaysAtOnce(Says):
 
     def __reduce__(self):
         raise TypeError("stays in its process")
+
+
+@functools.cache
+def tokenizer():
+    """The words of this file's tasks and plans."""
+    return word_tokenizer(["Task: Plan: > Say yes.", plan("yes", "huh", "half", "die").text, "Seed process You said"])
+
+
+@functools.cache
+def decoder(context=96):
+    """A network over these words, and parameters that make it prefer some of them."""
+    model = Decoder(
+        DecoderConfig(
+            vocab_size=tokenizer().vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=context,
+        )
+    )
+    return model, jax.tree.map(lambda leaf: 2 * leaf, init_params(model, jax.random.key(0)))
+
+
+def adam(rate):
+    """An optimiser's config."""
+    return OptimizerConfig(learning_rate=rate)

@@ -1,0 +1,127 @@
+"""Study, recipe and commands, in one small world whose stages all tests share."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from jaxlab import core, recipes, tour
+from jaxlab.cli import app
+from jaxlab.eaglet import LMExecutor, recipe, rollout
+from jaxlab.eaglet.study import METHODS, Study, StudyConfig
+from jaxlab.eaglet.worlds import NAMES
+
+CONFIG = "configs/eaglet/laptop.yaml"
+CHANGES = (
+    "world.options={size: 4, n_tasks: 8}",
+    "world.held_out=4",
+    "planner={hidden_size: 32, layers: 1, heads: 2, context: 64}",
+    "sft.steps=30",
+    "grpo.prompts_per_step=2",
+    "grpo.num_generations=4",
+    "grpo.steps=2",
+    "grpo.seeds=[0]",
+    "methods=[none, other_type, grpo, gold]",
+)
+
+
+def config(*changes):
+    return core.load_config(StudyConfig, core.find_config(CONFIG), (*CHANGES, *changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return recipe.run(config(f"folder={folder}"))
+
+
+@pytest.mark.filterwarnings("ignore:.*no update is made")
+def test_the_recipe(report, folder):
+    assert [title[:25] for title, *_ in report.tables] == ["Tasks held out, seen: 4 x", "Tasks held out, unseen: 4"]
+    rows = {row[0]: dict(zip(recipe.COLUMNS, row)) for row in report.tables[0][2]}
+    assert list(rows) == [METHODS[name] for name in ("none", "other_type", "grpo", "gold")]
+    assert rows["no plan"]["R_final"] is None
+    assert rows["gold plan"]["novice: success"] == 1
+    assert rows["gold plan"]["steps, all three"] < rows["no plan"]["steps, all three"]
+    assert report.metrics["plans_given"] == 8
+    assert 0 <= report.metrics["filter_recall"] <= 1
+    assert len(report.plots) == 2
+    assert report.save(folder / "report").exists()
+
+
+def test_stages_are_read_again(report, folder, monkeypatch):
+    monkeypatch.setattr(Study, "_trained", None)
+    study = Study(config(f"folder={folder}"), folder)
+    assert study.planner("grpo")(study.train[0]).text
+    assert len(study.plans()) == 8
+    assert study.kept() == study.filtered().kept
+    with pytest.raises(ValueError, match="method: expected one with plans"):
+        study.rewards("none", "seen")
+    with pytest.raises(ValueError, match=r"corruption: .* has a study with 0.9, got 0.1; use another folder"):
+        Study(config("corruption=0.1"), folder)
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "told"),
+    [
+        ("synth", ("--show", "1"), ["8 plans, 8 of the right format"]),
+        ("filter", (), ["of 8 plans kept", "of those dropped have a fault"]),
+        ("sft", (), ["planner:", "sft"]),
+        ("rl", (), ["2 updates: reward", "environment steps"]),
+        ("eval", ("--method", "gold", "--split", "unseen"), ["without a plan", "novice", "success"]),
+        ("play", ("--method", "gold", "--number", "1"), ["Task: Brew the", "Plan: use", "with it", "reward"]),
+        ("play", ("--method", "none", "--executor", "other"), ["Plan: (none)"]),
+    ],
+)
+def test_commands(report, folder, verb, options, told):
+    result = CliRunner().invoke(app, ["eaglet", verb, CONFIG, *CHANGES, "--folder", str(folder), *options])
+    assert result.exit_code == 0, result.output
+    for text in told:
+        assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "told"),
+    [
+        ("rl", ("--reward", "luck"), "expected one of gain, expert"),
+        ("eval", ("--method", "luck"), "expected one of none"),
+        ("play", ("--number", "99"), "expected a number below 4"),
+        ("play", ("--split", "train"), "expected one of seen, unseen"),
+        ("synth", ("world.name=moon",), "expected one of grid_quest"),
+        ("synth", ("executors.skills=[1]",), "expected one of each"),
+        ("synth", ("methods=[luck]",), "methods"),
+    ],
+)
+def test_bad_commands(folder, verb, options, told):
+    result = CliRunner().invoke(app, ["eaglet", verb, CONFIG, *CHANGES, "--folder", str(folder), *options])
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.replace("│", " ").split())
+
+
+def test_decoders_as_executors(tmp_path):
+    """Cloned and kept; the third one begins with other parameters."""
+    sizes = "sizes: {hidden_size: 32, layers: 1, heads: 2, context: 128}"
+    lm = f"executors={{kind: lm, {sizes}, novice_steps: 1, sft: {{steps: 3, batch_size: 4}}}}"
+    study = Study(config(lm), tmp_path)
+    assert tuple(study.executors) == NAMES
+    assert all(isinstance(executor, LMExecutor) and executor.name == name for name, executor in study.executors.items())
+    assert callable(study.where)
+    again = Study(config(lm), tmp_path).executors["novice"]
+    task = study.held_out["unseen"][0]
+    played = [
+        rollout(study.env, each, task, plan="Step 1: use well", max_steps=2)
+        for each in (study.executors["novice"], again)
+    ]
+    assert played[0] == played[1]
+
+
+def test_the_laptops_config_is_the_tours():
+    assert tour.RECIPES["eaglet"] == f"jaxlab.eaglet.recipe:{CONFIG}"
+    assert recipes.SYSTEMS["eaglet"].config == CONFIG
+    loaded = recipes.load(recipe.run, CONFIG)
+    assert loaded.grpo.beta == 0.01
+    assert json.loads(json.dumps(core.to_dict(loaded)))["grpo"]["reward"] == "gain"
