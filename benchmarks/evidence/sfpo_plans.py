@@ -51,7 +51,7 @@ def _config(changes: tuple[str, ...]) -> Any:
 
 def _row(model: str, devices: int, config: Any) -> dict[str, Any]:
     from jaxlab.core.plan import target
-    from jaxlab.sfpo.compiled import compile_phase
+    from jaxlab.rl.compiled import compile_phase
 
     where = target("h100", TOPOLOGIES[devices], {"fsdp": devices})
 

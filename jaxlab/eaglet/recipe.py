@@ -7,11 +7,23 @@ from typing import Any
 import numpy as np
 
 from jaxlab import core
+from jaxlab.core.plan import Plan, Target
 from jaxlab.core.statistics import Interval
 from jaxlab.eaglet.evaluation import EvalReport, compare
 from jaxlab.eaglet.study import METHODS, Study, StudyConfig
+from jaxlab.rl.compiled import PlanConfig
 
-__all__ = ["StudyConfig", "run"]
+__all__ = ["PlanConfig", "StudyConfig", "plan", "run"]
+
+
+def plan(config: PlanConfig, target: Target) -> Plan:
+    """Compiles a step of the planner's reinforcement for a target, which need not be there; see `jaxlab.rl.compiled`.
+
+    The executors are not in it: they run elsewhere, or before.
+    """
+    from jaxlab.rl.compiled import compile_phase
+
+    return compile_phase(config, target)
 
 
 def run(config: StudyConfig) -> core.Report:

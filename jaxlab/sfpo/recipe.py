@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxlab import core
 from jaxlab.core.plan import Plan, Target
+from jaxlab.rl.compiled import PlanConfig
 from jaxlab.sfpo.comparison import Curve, Outcome, Ratio, collapsed, compare, smoothed
-from jaxlab.sfpo.compiled import PlanConfig
 from jaxlab.sfpo.families import FAMILIES
 from jaxlab.sfpo.methods import METHODS
 from jaxlab.sfpo.study import Study, StudyConfig
@@ -19,8 +19,8 @@ __all__ = ["PlanConfig", "StudyConfig", "plan", "run", "summary"]
 
 
 def plan(config: PlanConfig, target: Target) -> Plan:
-    """Compiles a step's rollouts or its update for a target, which need not be there; see `jaxlab.sfpo.compiled`."""
-    from jaxlab.sfpo.compiled import compile_phase
+    """Compiles a step's rollouts or its update for a target, which need not be there; see `jaxlab.rl.compiled`."""
+    from jaxlab.rl.compiled import compile_phase
 
     return compile_phase(config, target)
 

@@ -19,6 +19,8 @@ from jaxlab.eaglet import (
     ScriptedExecutor,
     rollout,
 )
+from jaxlab.inference import SamplingParams, generate
+from tests.eaglet import toys
 from tests.eaglet.toys import TASK, EchoEnv
 
 GOLD = ("go to hall", "take cup 2", "wait", "wait", "drop cup 2")
@@ -115,7 +117,9 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body)
-        status, text = self.server.answers.pop(0) if self.server.answers else (200, self.server.always)
+        always = self.server.always
+        text = always(body["messages"], body["max_tokens"]) if callable(always) else always
+        status, text = self.server.answers.pop(0) if self.server.answers else (200, text)
         data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -161,6 +165,29 @@ def test_a_model_behind_an_endpoint(endpoint):
     ]
     assert "Possible" not in endpoint.seen[2]["messages"][3]["content"]
     assert endpoint.seen[2]["seed"] != asked["seed"] == endpoint.seen[0]["seed"]
+
+
+def test_our_own_decoder_behind_an_endpoint(endpoint):
+    """The loop of an agent over HTTP, around `generate`, acts as the same model does without it."""
+    model, params = toys.decoder()
+    tokenizer = toys.tokenizer()
+
+    def answer(messages, max_tokens):
+        prompt = tokenizer.encode(" ".join(message["content"] for message in messages))[-64:]
+        out = generate(model, params, [prompt], SamplingParams(max_tokens, 0.0), tokenizer=tokenizer, prompt_length=64)
+        return out.text[0]
+
+    class Direct(OpenAIExecutor):
+        def act(self, context):
+            return answer(self.messages(context), 4).strip()
+
+    endpoint.always = answer
+    plan = "Step 1: half Step 2: yes"
+    env = EchoEnv()
+    got = rollout(env, OpenAIExecutor(endpoint.url, "m", instruction="yes", max_tokens=4), TASK, plan=plan)
+    assert got == rollout(env, Direct(endpoint.url, "m", instruction="yes"), TASK, plan=plan)
+    assert got.steps == len(endpoint.seen)
+    assert plan in endpoint.seen[-1]["messages"][1]["content"]
 
 
 @pytest.mark.parametrize(
