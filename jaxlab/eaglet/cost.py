@@ -18,7 +18,6 @@ class Counts:
       group: G, plans or episodes of each task.
       steps: actions of an episode.
       step_tokens: tokens of an action and what is seen after it.
-      action_tokens: those of them that the executor writes.
       prompt_tokens: of task and plan, read once an episode.
       plan_prompt_tokens: of the planner's prompt.
       plan_tokens: of its output.
@@ -30,7 +29,6 @@ class Counts:
     group: int
     steps: float
     step_tokens: float
-    action_tokens: float
     prompt_tokens: float
     plan_prompt_tokens: float
     plan_tokens: float

