@@ -27,7 +27,6 @@ DECODERS = (
 QUESTS = (
     "world={name: text_world, options: {n_tasks: 64}, held_out: 24}",
     "planner={hidden_size: 128, layers: 3, heads: 4, context: 384}",
-    "max_tokens=192",
     "corruption=0.5",
     "sft={steps: 400, batch_size: 16, optimizer: {learning_rate: 1e-3, warmup_steps: 20}}",
     "grpo.max_prompt_length=192",

@@ -53,11 +53,10 @@ class StudyConfig:
       world: where.
       executors: who acts.
       planner: sizes of the decoder that plans.
-      max_tokens: of a planner's output.
       corruption: probability of a fault in a plan that the cold start gets to see.
       filter_seeds: episodes of each executor that the filter judges a plan by.
       sft: the cold start.
-      grpo: the reinforcement; its `reward` is the method's.
+      grpo: the reinforcement; its `reward` is the method's, and its `max_completion_length` that of every output.
       methods: of `METHODS`.
       eval_seeds: episodes of each held-out task.
       seed: of faults, parameters, orders and draws.
@@ -67,7 +66,6 @@ class StudyConfig:
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     executors: ExecutorsConfig = dataclasses.field(default_factory=ExecutorsConfig)
     planner: Sizes = dataclasses.field(default_factory=Sizes)
-    max_tokens: int = 48
     corruption: int | float = 0.5
     filter_seeds: tuple[int, ...] = (0, 1)
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
@@ -101,6 +99,7 @@ class Study:
         self.config, self.folder = config, Path(folder)
         self.env: TextEnv = config.world.make()
         self.cache = RolloutCache()
+        self._written: dict[tuple[str, str], PlanSource | None] = {}
         _check_folder(config, self.folder)
 
     @functools.cached_property
@@ -163,7 +162,7 @@ class Study:
         tokenizer = word_tokenizer(texts)
         model = config.planner.model(tokenizer.vocab_size)
         params = init_params(model, core.named_key(jax.random.key(config.seed), "planner"))
-        return Planner(model, params, tokenizer, max_tokens=config.max_tokens)
+        return Planner(model, params, tokenizer, max_tokens=config.grpo.max_completion_length)
 
     def planner(self, method: str) -> Planner:
         """The planner of a method that trains one, trained where the folder has none yet."""
@@ -171,7 +170,7 @@ class Study:
         if not (place / "config.json").exists():
             trained = self.start() if method == "untrained" else self._trained(method)
             trained.save(place)
-        return Planner.load(place, max_tokens=self.config.max_tokens)
+        return Planner.load(place, max_tokens=self.config.grpo.max_completion_length)
 
     def _trained(self, method: str) -> Planner:
         config, run = self.config, self.folder / "runs" / method
@@ -195,11 +194,10 @@ class Study:
         if method == "other_type":
             return ShuffledPlans(gold, self.held_out[split], seed=self.config.seed)
         if method == "best_of":
-            best = sample_plans(
+            drawn = sample_plans(
                 self.planner("sft"), self.held_out[split], env=self.where, executors=self.pair, cache=self.cache
-            ).best()
-            plans = {task.id: plan for task, plan in best}
-            return lambda task: plans[task.id]
+            )
+            return Given(*zip(*drawn.best()))
         return self.planner(method)
 
     def evaluate(self, method: str, split: str, names: Sequence[str] | None = None) -> dict[str, EvalReport]:
@@ -228,14 +226,12 @@ class Study:
             max_decay=grpo.max_decay,
         )
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - a study lives as long as its run
     def _once(self, method: str, split: str) -> PlanSource | None:
         """A method's plans of a split, written once."""
-        source = self.source(method, split)
-        if source is None:
-            return None
-        plans = dict(zip((task.id for task in self.held_out[split]), plans_of(source, self.held_out[split])))
-        return lambda task: plans[task.id]
+        if (method, split) not in self._written:
+            source, tasks = self.source(method, split), self.held_out[split]
+            self._written[method, split] = None if source is None else Given(tasks, plans_of(source, tasks))
+        return self._written[method, split]
 
     def _write(self, path: Path, pairs: Sequence[tuple[Task, Plan]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +243,17 @@ class Study:
     def _read(self, path: Path) -> list[tuple[Task, Plan]]:
         known = {task.id: task for task in self.train}
         return [(known[row["task_id"]], Plan.parse(row["text"])) for row in core.jsonl.read(path)]
+
+
+class Given:
+    """Plans that are there already, as a source of them."""
+
+    def __init__(self, tasks: Sequence[Task], plans: Sequence[Plan]):
+        self._plans = {task.id: plan for task, plan in zip(tasks, plans, strict=True)}
+
+    def __call__(self, task: Task) -> Plan:
+        """The task's plan."""
+        return self._plans[task.id]
 
 
 _FREE = ("methods", "eval_seeds", "folder")
