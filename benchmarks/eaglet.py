@@ -5,7 +5,8 @@ Environments and cached baselines are in `eaglet_envs.py`, generation of a real 
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 
@@ -18,13 +19,16 @@ from jaxlab.eaglet import (
     PlanGRPOConfig,
     Planner,
     ScriptedExecutor,
+    SFTConfig,
     train_grpo,
+    train_sft,
     word_tokenizer,
 )
 from jaxlab.eaglet.cloning import demonstrations, world_texts
 from jaxlab.eaglet.prompts import executor_prompt
 from jaxlab.eaglet.worlds import Sizes
 from jaxlab.models.decoder import init_params
+from jaxlab.training import OptimizerConfig
 
 SYSTEM = "eaglet"
 BATCH = 8
@@ -33,19 +37,21 @@ SAMPLER_BAR = 3.0
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """The toy planner and executor of the laptop's config; they need not have learnt anything."""
+    """A toy planner after a short cold start, and a toy executor, which need not have learnt anything."""
     env = GridQuestEnv(size=5, n_tasks=BATCH)
     tasks, gold = env.tasks("train"), GoldPathPlanSource(env)
     shown = demonstrations(env, tasks, ScriptedExecutor("teacher", GridGuide(), skill=1.0))
     tokenizer = word_tokenizer(world_texts(shown, gold))
     model = Sizes(context=64).model(tokenizer.vocab_size)
     planner = Planner(model, init_params(model, jax.random.key(0)), tokenizer, max_tokens=40)
+    sft = SFTConfig(steps=100, batch_size=16, optimizer=OptimizerConfig(learning_rate=3e-3))
+    planner = train_sft(planner, [(task, gold(task)) for task in tasks], sft).planner
     repeats = 3 if quick else 9
 
     instructions, key = [task.instruction for task in tasks], jax.random.key(1)
-    together = functools.partial(planner.plan_all, instructions, rng=key)
+    together, one = (functools.partial(function, rng=key) for function in (planner.plan_all, planner.plan))
     seconds = interleaved(
-        lambda: _none(together()), lambda: _none(map(_one(planner, key), instructions)), repeats=repeats
+        lambda: _waited(together(instructions)), lambda: _waited(map(one, instructions)), repeats=repeats
     )
     what = f"toy planner, {BATCH} plans of {planner.max_tokens} tokens"
     yield Case(SYSTEM, what, "s", *seconds, "one by one", SAMPLER_BAR)
@@ -56,7 +62,7 @@ def cases(quick: bool) -> Iterator[Case]:
     executor = LMExecutor(network, init_params(network, jax.random.key(0)), tokenizer, name="lm", prompt=prompt)
     contexts = [dataclasses.replace(context, plan=gold(context.task).plan) for context, _ in shown[:64]]
     seconds = interleaved(
-        lambda: _none(executor.act_batch(contexts)), lambda: _none(map(executor.act, contexts)), repeats=repeats
+        lambda: _waited(executor.act_batch(contexts)), lambda: _waited(map(executor.act, contexts)), repeats=repeats
     )
     rates = (len(contexts) / each for each in seconds)
     what = "toy executor, actions in the grid world"
@@ -71,10 +77,6 @@ def cases(quick: bool) -> Iterator[Case]:
     yield Case(SYSTEM, "GRPO of the toy planner, updates 3 to 6", "compilations", compiled, 0, "none", 1.0)
 
 
-def _one(planner: Planner, key: jax.Array):
-    return lambda instruction: planner.plan(instruction, rng=key)
-
-
-def _none(results) -> None:
-    """Waits for results that are no arrays."""
+def _waited(results: Iterable[Any]) -> None:
+    """These are no arrays."""
     list(results)
