@@ -32,7 +32,7 @@ QUESTS = (
     "grpo.max_prompt_length=192",
     "grpo.max_completion_length=192",
 )
-SCIENCE = ("world={name: science_world, train: 24, held_out: 48}", "eval_seeds=[0]")
+SCIENCE = ("world={name: science_world, train: 1, held_out: 24}", "eval_seeds=[0]")
 TRAINED = ("none", "untrained", "other_type", "sft_all", "sft", "grpo")
 ABLATED = ("grpo_expert", "grpo_novice", "grpo_success", "best_of")
 WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]] = {

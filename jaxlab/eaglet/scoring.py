@@ -114,4 +114,6 @@ def _branching(q, k, v, *, positions, segment_ids, scale, window):
 
 
 def _bucket(size: int, least: int) -> int:
-    return 1 << (max(size, least) - 1).bit_length()
+    """The least power of two, or three quarters of one, that holds `size`."""
+    whole = 1 << (max(size, least) - 1).bit_length()
+    return whole if size > 3 * whole // 4 or whole == least else 3 * whole // 4

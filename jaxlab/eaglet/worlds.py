@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -55,8 +56,12 @@ class WorldConfig:
         return WORLDS[self.name](**self.options)
 
     def tasks(self, env: TextEnv, split: str) -> list[Task]:
-        """The tasks that are used."""
-        return env.tasks(split)[: self.train if split == "train" else self.held_out]
+        """The tasks that are used: the first of each type, then the second ones, and so on."""
+        limit, by_type = self.train if split == "train" else self.held_out, dict[str, list[Task]]()
+        for task in env.tasks(split):
+            by_type.setdefault(task.type, []).append(task)
+        rounds = itertools.zip_longest(*by_type.values())
+        return [task for each in rounds for task in each if task is not None][:limit]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typer.testing import CliRunner
 
 from jaxlab import core, recipes, tour
 from jaxlab.cli import app
-from jaxlab.eaglet import LMExecutor, recipe, rollout
+from jaxlab.eaglet import LMExecutor, Task, recipe, rollout
 from jaxlab.eaglet.study import METHODS, Study, StudyConfig
-from jaxlab.eaglet.worlds import NAMES
+from jaxlab.eaglet.worlds import NAMES, WorldConfig
+from tests.eaglet.toys import EchoEnv
 
 CONFIG = "configs/eaglet/laptop.yaml"
 CHANGES = (
@@ -117,6 +118,15 @@ def test_decoders_as_executors(tmp_path):
         for each in (study.executors["novice"], again)
     ]
     assert played[0] == played[1]
+
+
+def test_tasks_of_all_types_come_in_turn():
+    class Blocks(EchoEnv):
+        def _tasks(self, split):
+            return [Task(f"{kind}-{k}", "", 1, kind, split) for kind in "abc" for k in range(3)]
+
+    tasks = WorldConfig(held_out=5).tasks(Blocks(), "seen")
+    assert [task.id for task in tasks] == ["a-0", "b-0", "c-0", "a-1", "b-1"]
 
 
 def test_the_laptops_config_is_the_tours():
