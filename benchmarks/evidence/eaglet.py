@@ -42,6 +42,8 @@ WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]]
     "science_world": ("ScienceWorld, scripted executors, no planner", SCIENCE, ("none", "other_type", "gold"), (0,)),
 }
 """Name -> title, what is different from the laptop's config, methods, seeds."""
+ALPHAS = (0.0, 0.01, 0.05, 0.1)
+WORLDS |= {f"alpha {alpha}": ("", (f"grpo.alpha={alpha}",), ("grpo",), (0,)) for alpha in ALPHAS}
 _SPLITS = ("seen", "unseen")
 
 
@@ -50,6 +52,8 @@ def items() -> Iterator[Item]:
     from jaxlab import core
 
     for world, (title, changes, methods, seeds) in WORLDS.items():
+        if not title:
+            continue
         settings = {"methods": methods, **core.to_dict(_config(changes, 0))}
         for split in _SPLITS:
             for method in methods:
@@ -67,6 +71,16 @@ def items() -> Iterator[Item]:
             table="The consensus filter, against the faults that were put into plans (measured)",
             settings=core.to_dict(_config(changes, 0)),
             run=lambda world=world: _filter(world),
+            seeds=seeds,
+        )
+    for alpha in ALPHAS:
+        _, changes, _, seeds = WORLDS[f"alpha {alpha}"]
+        yield Item(
+            name=f"alpha {alpha}",
+            table="GRPO by the alpha of the gain, which R_final depends on, too: grid world, scripted executors, tasks "
+            "held out (seen) (measured)",
+            settings=core.to_dict(_config(changes, 0)),
+            run=lambda alpha=alpha: {**_row(f"alpha {alpha}", "seen", "grpo"), "plans": f"alpha = {alpha}"},
             seeds=seeds,
         )
     yield Item(
