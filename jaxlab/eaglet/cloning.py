@@ -67,6 +67,7 @@ def clone_executors(
     stops: Mapping[str, int],
     config: SFTConfig,
     *,
+    hidden: str | None = None,
     length: int | None = None,
     prompt: ExecutorPrompt = executor_prompt,
     folder: str | os.PathLike | None = None,
@@ -82,6 +83,8 @@ def clone_executors(
       plans: a plan of a task, such as a `GoldPathPlanSource`.
       stops: name of an executor -> step at which it is taken, at most `config.steps`.
       config: of the run.
+      hidden: stands in place of the instruction where there is a plan, so that the plan has to be read; an executor
+        that knows its tasks by heart learns from nothing else to follow one. None: the instruction stands.
       length: tokens of a context, as in `LMExecutor`.
       prompt: a context as text.
       folder: for metrics and checkpoints.
@@ -99,7 +102,10 @@ def clone_executors(
     rows = []
     for context, action in shown:
         for plan in ("", told[context.task.id]):
-            ids = fitted(tokenizer, *prompt(dataclasses.replace(context, plan=plan)), room, context.task.id)
+            hides = hidden is not None and plan
+            task = dataclasses.replace(context.task, instruction=hidden) if hides else context.task
+            planned = dataclasses.replace(context, task=task, plan=plan)
+            ids = fitted(tokenizer, *prompt(planned), room, task.id)
             rows.append((ids, command_ids(tokenizer, action)))
     run = Supervised(model, params, rows, config, folder=folder)
     made = {}

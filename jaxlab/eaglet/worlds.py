@@ -111,6 +111,7 @@ class ExecutorsConfig:
       other_steps: where the third one is; None: at the end.
       detours: of `demonstrations`.
       commands: earlier commands that decoders see; None: all.
+      hidden: of `clone_executors`.
     """
 
     kind: Literal["scripted", "lm"] = "scripted"
@@ -122,6 +123,7 @@ class ExecutorsConfig:
     other_steps: int | None = None
     detours: int | float = 0.2
     commands: int | None = 0
+    hidden: str | None = "Follow the plan."
 
     def __post_init__(self):
         check_choice("kind", self.kind, ("scripted", "lm"))
@@ -158,7 +160,7 @@ def _clone(config: ExecutorsConfig, env: TextEnv, train: Sequence[Task], folder:
     """Trains expert and novice in one run, the other one in another."""
     teacher = ScriptedExecutor("teacher", _guide(env, train), skill=1.0)
     shown, gold = demonstrations(env, train, teacher, detours=config.detours), GoldPathPlanSource(env)
-    tokenizer = word_tokenizer(world_texts(shown, gold))
+    tokenizer = word_tokenizer([*world_texts(shown, gold), config.hidden or ""])
     model = config.sizes.model(tokenizer.vocab_size)
     prompt = functools.partial(executor_prompt, commands=config.commands)
     first = {"expert": config.sft.steps, "novice": config.novice_steps}
@@ -166,7 +168,9 @@ def _clone(config: ExecutorsConfig, env: TextEnv, train: Sequence[Task], folder:
         sft = dataclasses.replace(config.sft, seed=config.sft.seed + run)
         params = init_params(model, jax.random.key(sft.seed))
         where = folder / f"run-{run}"
-        made = clone_executors(model, params, tokenizer, shown, gold, stops, sft, prompt=prompt, folder=where)
+        made = clone_executors(
+            model, params, tokenizer, shown, gold, stops, sft, hidden=config.hidden, prompt=prompt, folder=where
+        )
         for name, executor in made.items():
             executor.save(folder / name)
 

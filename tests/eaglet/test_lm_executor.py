@@ -151,6 +151,17 @@ def test_a_clone_does_what_it_was_shown():
         *toys.decoder(), toys.tokenizer(), shown, lambda _: toys.plan("half", "yes"), {"late": 40, "early": 1}, config
     )
     assert list(made) == ["late", "early"]
+    seen = []
+
+    def watched(context):
+        seen.append((context.task.instruction, bool(context.plan)))
+        return executor_prompt(context)
+
+    clone_executors(
+        *toys.decoder(), toys.tokenizer(), shown[:1], lambda _: toys.plan("half"), {"x": 1}, config, hidden="Half!",
+        prompt=watched,
+    )  # fmt: skip
+    assert seen == [("Say yes.", False), ("Half!", True)]
     for plan in ("", "Step 1: half Step 2: yes"):
         assert made["late"].act(dataclasses.replace(shown[0][0], plan=plan)) == "half"
         assert made["late"].act(dataclasses.replace(shown[1][0], plan=plan)) == "yes"
