@@ -102,8 +102,9 @@ def clone_executors(
     rows = []
     for context, action in shown:
         for plan in ("", told[context.task.id]):
-            hides = hidden is not None and plan
-            task = dataclasses.replace(context.task, instruction=hidden) if hides else context.task
+            task = context.task
+            if hidden is not None and plan:
+                task = dataclasses.replace(task, instruction=hidden)
             planned = dataclasses.replace(context, task=task, plan=plan)
             ids = fitted(tokenizer, *prompt(planned), room, task.id)
             rows.append((ids, command_ids(tokenizer, action)))
