@@ -199,7 +199,8 @@ class PolicyTrainer:
     def _not_updated(self, index: int) -> dict[str, float]:
         warnings.warn(f"step {index}: the rewards of every group are equal, no update is made", RuntimeWarning, 4)
         step = self._state.step
-        self._state = dataclasses.replace(self._state, step=jax.device_put(np.int32(index), step.sharding))
+        place = step.sharding if step.committed else None  # as it was, or everything would be compiled anew
+        self._state = dataclasses.replace(self._state, step=jax.device_put(np.int32(index), place))
         return {"loss": 0.0, "grad_norm": 0.0, "skipped": 0.0}
 
     def _prepared(self, rollout: Rollout) -> tuple[UpdateBatch, dict[str, float]]:

@@ -25,7 +25,7 @@ from tests.eaglet.toys import BROKEN, TASK, EchoEnv, Says, plan, task
 EXPERT, NOVICE = Says("expert", "half"), Says("novice", "huh")
 SFT = SFTConfig(steps=60, batch_size=8, optimizer=toys.adam(1e-2))
 GRPO = PlanGRPOConfig(
-    prompts_per_step=2, num_generations=4, max_completion_length=16, max_prompt_length=16, learning_rate=1e-2, steps=12
+    prompts_per_step=2, num_generations=4, max_completion_length=16, max_prompt_length=16, learning_rate=2e-3, steps=12
 )
 
 
@@ -107,10 +107,11 @@ def test_reinforcement(trained, tmp_path):
     tasks, cache = [task(f"toy-{k}") for k in range(3)], RolloutCache()
     options = {"env": EchoEnv(), "executors": (EXPERT, NOVICE), "config": GRPO}
     got = train_grpo(trained.planner, tasks, cache=cache, **options)
-    assert got.history[-1]["gain"] > 1.5 > got.history[0]["gain"]
+    assert np.mean([row["gain"] for row in got.history[-4:]]) > 1.5 > got.history[0]["gain"]
     assert got.planner(TASK).plan == "Step 1: yes"
     assert len(cache) == 6
-    assert sum(row["compilations"] for row in got.history[2:]) == 0
+    assert sum(row["compilations"] for row in got.history[1:]) == 0
+    assert any(row["zero_variance_fraction"] == 1 for row in got.history[1:-1])  # no update there
     first = got.history[0]
     assert first["reward"] == pytest.approx(first["gain"] + first["format"])
     assert first["gain_factor_max"] == pytest.approx(1.01**4)
