@@ -39,7 +39,7 @@ test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-latest: .venv-latest/.ready
-	$(LATEST)/python -m pytest -m latest $(ARGS)
+	$(LATEST)/python -m pytest -n 2 --dist loadfile -m latest $(ARGS)
 
 bench: $(VENV)/.ready-parity
 	$(BIN)/python -m benchmarks $(SYSTEM) $(if $(QUICK),--quick)
