@@ -29,13 +29,13 @@ def items() -> Iterator[Item]:
 
 
 def _row(method: str, config: Any) -> dict[str, Any]:
-    from jaxlab.sfpo.comparison import median_seconds
+    from jaxlab.sfpo.comparison import Costs
     from jaxlab.sfpo.language_model import trainer
     from jaxlab.sfpo.methods import METHODS
 
     _, history = trainer(config, method).train()
-    seconds = median_seconds(history)
-    rollout, update = seconds["rollout_seconds"], seconds["update_seconds"]
+    costs = Costs.of(history)
+    rollout, update = costs.sampling, costs.slow_fast or costs.plain
     return {
         "method": METHODS[method].label,
         "rollout, s a step": rollout,

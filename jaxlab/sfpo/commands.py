@@ -136,15 +136,15 @@ def _language_model(config: str, overrides: Sequence[str], seed: int) -> Any:
 
 def _told(folder: Path, method: str, model: Path) -> str:
     from jaxlab import core
-    from jaxlab.sfpo.comparison import median_seconds
+    from jaxlab.sfpo.comparison import Costs
 
     rows = [row for row in core.jsonl.read(folder / "metrics.jsonl") if "reward" in row]
-    seconds, first, last = median_seconds(rows), rows[0], rows[-1]
+    costs, first, last = Costs.of(rows), rows[0], rows[-1]
     return (
         f"{last['step']} steps of {method}: reward {first['reward']:.3f} -> {last['reward']:.3f}, entropy "
         f"{first['entropy']:.3f} -> {last['entropy']:.3f}; groups without a signal in the last: "
         f"{last['zero_variance_fraction']:.0%}\n"
-        f"a step: {seconds['rollout_seconds']:.3f} s of rollouts, {seconds['update_seconds']:.3f} s of updates\n"
+        f"a step: {costs.sampling:.3f} s of rollouts, {costs.slow_fast or costs.plain:.3f} s of updates\n"
         f"metrics: {folder}\npolicy: {model}"
     )
 

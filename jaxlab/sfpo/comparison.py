@@ -9,13 +9,40 @@ ratio becomes a bound, which the table says.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlab.core import statistics
 
 AXES = ("rollouts", "seconds")
+
+
+class Costs(NamedTuple):
+    """Seconds of one round of sampling (rewards included), of a plain update, and of a slow-fast one."""
+
+    sampling: float
+    plain: float
+    slow_fast: float
+
+    @classmethod
+    def of(cls, steps: Sequence[Mapping[str, float]]) -> "Costs":
+        """Medians, so that an interruption or a busy neighbour does not count; steps that compiled are left out.
+
+        Args:
+          steps: lines of `metrics.jsonl`, of one run or of several alike.
+        """
+        warm = [row for row in steps if not row["compilations"]] or list(steps)
+        updates = {
+            active: [row["update_seconds"] for row in warm if bool(row["sfpo_active"]) is active]
+            for active in (False, True)
+        }
+        plain, slow_fast = (float(np.median(updates[active])) if updates[active] else 0.0 for active in (False, True))
+        return cls(float(np.median([row["rollout_seconds"] / _rounds(row) for row in warm])), plain, slow_fast)
+
+
+def _rounds(row: Mapping[str, float]) -> float:
+    return row.get("sampling_rounds", 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +52,12 @@ class Curve:
     Attributes:
       steps: `[E]`.
       rollouts: `[E]` completions drawn so far, those that dynamic sampling threw away included.
-      seconds: `[E]` of rollouts and updates so far; a step that compiled counts as the median step.
+      seconds: `[E]` of rollouts and updates so far, every one at its `Costs`.
       sampled: `[E]` accuracy at temperature 1.
       greedy: `[E]` accuracy of the likeliest answers.
       entropy: `[S]` of the policy, nats a token, one a step.
-      rollout_seconds: of the median step.
-      update_seconds: of the median step.
+      rollout_seconds: of the mean step, likewise.
+      update_seconds: of the mean step.
       fast_steps: steps with slow-fast updates.
       skipped: updates that were not made since their gradient was not finite.
     """
@@ -53,6 +80,7 @@ class Curve:
         evaluations: Sequence[Mapping[str, float]],
         before: Any,
         batch_size: int,
+        costs: Costs | None = None,
     ) -> "Curve":
         """Puts a run's log together.
 
@@ -61,13 +89,12 @@ class Curve:
           evaluations: measurements, ascending.
           before: the accuracy at the start.
           batch_size: completions of one round of sampling.
+          costs: of the method; None: of this run.
         """
-        medians = median_seconds(steps)
-        taken = [
-            sum(medians.values()) if row["compilations"] else row["rollout_seconds"] + row["update_seconds"]
-            for row in steps
-        ]
-        drawn = [batch_size * row.get("sampling_rounds", 1.0) for row in steps]
+        costs = costs or Costs.of(steps)
+        rounds = np.array([_rounds(row) for row in steps])
+        sampling = costs.sampling * rounds
+        updating = np.array([costs.slow_fast if row["sfpo_active"] else costs.plain for row in steps])
         at = np.array([0, *(int(row["step"]) for row in evaluations)])
 
         def column(name: str) -> np.ndarray:
@@ -75,21 +102,16 @@ class Curve:
 
         return cls(
             steps=at,
-            rollouts=np.concatenate([[0.0], np.cumsum(drawn)])[at],
-            seconds=np.concatenate([[0.0], np.cumsum(taken)])[at],
+            rollouts=np.concatenate([[0.0], np.cumsum(batch_size * rounds)])[at],
+            seconds=np.concatenate([[0.0], np.cumsum(sampling + updating)])[at],
             sampled=column("sampled"),
             greedy=column("greedy"),
             entropy=np.array([row["entropy"] for row in steps]),
+            rollout_seconds=float(sampling.mean()),
+            update_seconds=float(updating.mean()),
             fast_steps=int(sum(row["sfpo_active"] for row in steps)),
             skipped=int(sum(row["skipped"] for row in steps)),
-            **medians,
         )
-
-
-def median_seconds(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """`rollout_seconds` (rewards included) and `update_seconds` of the median step, those that compiled aside."""
-    warm = [row for row in steps if not row["compilations"]] or list(steps)
-    return {name: float(np.median([row[name] for row in warm])) for name in ("rollout_seconds", "update_seconds")}
 
 
 @dataclasses.dataclass(frozen=True)

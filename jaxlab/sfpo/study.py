@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxlab.models.decoder import DecoderConfig
 from jaxlab.rl import GRPOConfig, GRPOTrainer, SFPOConfig, exact_match
 from jaxlab.rl.config import check_choice
 from jaxlab.sfpo import accuracy
-from jaxlab.sfpo.comparison import Curve
+from jaxlab.sfpo.comparison import Costs, Curve
 from jaxlab.sfpo.families import FAMILIES, problems
 from jaxlab.sfpo.methods import METHODS, settings
 from jaxlab.sfpo.warm_start import WarmStart, WarmStartConfig, warm_start
@@ -91,10 +92,16 @@ class Study:
     def runs(self) -> dict[str, list[Curve]]:
         """The curves of all methods, a list over the seeds each; what was run before is only read."""
         pairs = [(method, seed) for method in self.config.methods for seed in self.config.seeds]
-        curves: dict[str, list[Curve]] = {method: [] for method in self.config.methods}
         for method, seed in core.progress(pairs, "runs"):
-            curves[method].append(self.run(method, seed))
-        return curves
+            self.run(method, seed)
+        return {method: self.curves(method, self.config.seeds) for method in self.config.methods}
+
+    def curves(self, method: str, seeds: Sequence[int]) -> list[Curve]:
+        """The runs of a method by seed, their seconds at the costs that all of them have in common."""
+        for seed in seeds:
+            self.run(method, seed)
+        costs = Costs.of([row for seed in seeds for row in self._steps(method, seed)])
+        return [self._curve(method, seed, costs) for seed in seeds]
 
     def place(self, method: str, seed: int) -> Path:
         """The folder of one run, named after what decides its numbers."""
@@ -123,7 +130,7 @@ class Study:
         made, tx = settings(method, dataclasses.replace(self.config.rl, seed=seed), self.config.sfpo)
         if not self.done(method, seed):
             self._train(made, tx, folder)
-        return self._curve(folder, made)
+        return self._curve(method, seed)
 
     def export(self, method: str, seed: int, folder: str | os.PathLike) -> Path:
         """Writes the policy of a finished run and its tokenizer as a Hugging Face folder."""
@@ -162,7 +169,10 @@ class Study:
         """The measurements of a run by step; a resumed run has made some of them twice, to the same numbers."""
         return {row["step"]: row for row in core.jsonl.read(folder / _MEASURED)}
 
-    def _curve(self, folder: Path, made: GRPOConfig) -> Curve:
-        found = self._measured(folder)
-        steps = [row for row in core.jsonl.read(folder / "metrics.jsonl") if "reward" in row]
-        return Curve.of(steps, [found[step] for step in sorted(found)], self.before, made.batch_size)
+    def _steps(self, method: str, seed: int) -> list[dict[str, float]]:
+        return [row for row in core.jsonl.read(self.place(method, seed) / "metrics.jsonl") if "reward" in row]
+
+    def _curve(self, method: str, seed: int, costs: Costs | None = None) -> Curve:
+        found = self._measured(self.place(method, seed))
+        evaluations = [found[step] for step in sorted(found)]
+        return Curve.of(self._steps(method, seed), evaluations, self.before, self.config.rl.batch_size, costs)

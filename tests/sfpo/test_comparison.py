@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxlab.sfpo.comparison import Curve, collapsed, compare, first_at, smoothed, target_of
+from jaxlab.sfpo.comparison import Costs, Curve, collapsed, compare, first_at, smoothed, target_of
 
 
 def curve(values, *, rollouts=100, seconds=1.0) -> Curve:
@@ -105,12 +105,24 @@ def test_collapse():
 def test_a_log_becomes_a_curve():
     logged = {"entropy": 1.0, "rollout_seconds": 1.0, "update_seconds": 2.0, "skipped": 0.0}
     steps = [{**logged, "compilations": 3.0 * (i == 0), "sfpo_active": float(i < 3)} for i in range(4)]
-    steps[0] |= {"rollout_seconds": 50.0, "update_seconds": 60.0}
-    steps[1] |= {"sampling_rounds": 3.0, "skipped": 2.0}
+    steps[0] |= {"rollout_seconds": 50.0, "update_seconds": 60.0}  # it compiled, and counts as the others
+    steps[1] |= {"rollout_seconds": 3.0, "sampling_rounds": 3.0, "skipped": 2.0}
+    steps[3] |= {"update_seconds": 0.5}
     found = [{"step": 2, "sampled": 0.3, "greedy": 0.4}, {"step": 4, "sampled": 0.5, "greedy": 0.6}]
-    made = Curve.of(steps, found, types.SimpleNamespace(sampled=0.1, greedy=0.2), 10)
+    before = types.SimpleNamespace(sampled=0.1, greedy=0.2)
+    assert Costs.of(steps) == (1.0, 0.5, 2.0)
+    made = Curve.of(steps, found, before, 10)
     assert made.steps.tolist() == [0, 2, 4]
-    assert made.rollouts.tolist() == [0, 40, 60]  # a step in three rounds of sampling
-    assert made.seconds.tolist() == [0, 6, 12]  # the step that compiled counts as the median
+    assert made.rollouts.tolist() == [0, 40, 60]
+    assert made.seconds.tolist() == [0, 3 + 5, 3 + 5 + 3 + 1.5]
     assert made.sampled.tolist() == [0.1, 0.3, 0.5]
-    assert (made.fast_steps, made.skipped, made.rollout_seconds, made.update_seconds) == (3, 2, 1.0, 2.0)
+    assert (made.fast_steps, made.skipped, made.rollout_seconds, made.update_seconds) == (3, 2, 6 / 4, 6.5 / 4)
+    assert Curve.of(steps, found, before, 10, Costs(1.0, 1.0, 1.0)).seconds.tolist() == [0, 2 + 4, 2 + 4 + 4]
+
+
+def test_an_interruption_does_not_count():
+    rows = [
+        {"compilations": 0, "sfpo_active": 0.0, "rollout_seconds": 0.1, "update_seconds": taken}
+        for taken in (0.2, 3600.0, 0.2)
+    ]
+    assert Costs.of(rows) == (0.1, 0.2, 0.0)
