@@ -1,0 +1,94 @@
+"""Inference-time scaling of vision-language models, and whether they can verify themselves (arXiv 2506.17417).
+
+Example:
+    from jaxlab.vlm_scaling import BestOfN, Majority, Oracle, RandomOf, Study, simulation
+
+    model = simulation.Simulation(p=0.4, n_wrong=3, tpr=0.7, fpr=0.5)
+    study = Study(
+        model.questions(200), model, strategies=[Majority(8), BestOfN(8), Oracle(8), RandomOf(8)], n=8, verifier=model
+    )
+    print(study.run())
+
+Names are loaded when they are first used, so that importing this package costs nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxlab.core import lazy
+
+if TYPE_CHECKING:
+    from jaxlab.vlm_scaling.cost import Meter, Tokens
+    from jaxlab.vlm_scaling.report import Report, Row
+    from jaxlab.vlm_scaling.samples import Question, Sample
+    from jaxlab.vlm_scaling.strategies import (
+        BestOfN,
+        BudgetForce,
+        FilteredVote,
+        Greedy,
+        Majority,
+        Oracle,
+        RandomOf,
+        Refine,
+        SelfSelect,
+        WeightedVote,
+    )
+    from jaxlab.vlm_scaling.study import Study, split
+
+_MODULES = (
+    "adapters",
+    "aha",
+    "cost",
+    "endpoint",
+    "extract",
+    "grade",
+    "select",
+    "simulation",
+    "stats",
+    "tasks",
+    "verify",
+)
+
+__all__ = [
+    "BestOfN",
+    "BudgetForce",
+    "FilteredVote",
+    "Greedy",
+    "Majority",
+    "Meter",
+    "Oracle",
+    "Question",
+    "RandomOf",
+    "Refine",
+    "Report",
+    "Row",
+    "Sample",
+    "SelfSelect",
+    "Study",
+    "Tokens",
+    "WeightedVote",
+    "split",
+    *_MODULES,
+]
+
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "cost": ("Meter", "Tokens"),
+        "report": ("Report", "Row"),
+        "samples": ("Question", "Sample"),
+        "strategies": (
+            "BestOfN",
+            "BudgetForce",
+            "FilteredVote",
+            "Greedy",
+            "Majority",
+            "Oracle",
+            "RandomOf",
+            "Refine",
+            "SelfSelect",
+            "WeightedVote",
+        ),
+        "study": ("Study", "split"),
+    },
+    _MODULES,
+)
