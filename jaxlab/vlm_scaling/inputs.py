@@ -148,7 +148,7 @@ def build(
             samples = controls.candidates(question, len(samples))
     text, pictures = question.text, question.images
     if shown.image == "none":
-        text, pictures = _without_placeholders(text), ()
+        text, pictures = without_placeholders(text), ()
     elif shown.image == "wrong" and controls is not None:
         pictures = controls.images(question)
     elif shown.image in ("grey", "zero"):
@@ -161,7 +161,7 @@ def build(
     for sample in samples:
         what = extract(sample.text, choices=question.choices).value if shown.answer_only else sample.text
         if shown.image == "none":
-            what = _without_placeholders(what or "")
+            what = without_placeholders(what or "")
         requests.append(Request(filled(template, question=text, shown=what or "(none)"), pictures, mode))
     return requests
 
@@ -190,7 +190,8 @@ def check_blind(prompt: str | Sequence[int], image_tokens: Sequence[int] = ()) -
         raise ValueError(f"prompt: expected no image tokens in a blind mode, got {found}")
 
 
-def _without_placeholders(text: str) -> str:
+def without_placeholders(text: str) -> str:
+    """A text without what stands for images."""
     for mark in PLACEHOLDERS:
         text = text.replace(mark, "")
     return text.lstrip("\n")
