@@ -6,6 +6,7 @@ put in (`insert`). The paper (arXiv 2506.17417) gives no word list; this one is 
 """
 
 import bisect
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -115,7 +116,7 @@ def outcome(before: str | None, after: str | None, gold: str, *, choices: Mappin
     return "unchanged" if same else "wrong->wrong'"
 
 
-def outcome_table(outcomes: Sequence[Outcome]) -> dict[str, int]:
+def outcome_table(outcomes: Sequence[str]) -> dict[str, int]:
     """How often each of the four came, those that never came included."""
     counts = Counter(outcomes)
     return {name: counts[name] for name in get_args(Outcome)}
@@ -240,8 +241,8 @@ def contrast(
         slopes = above[drawn].sum(axis=1) / below[drawn].sum(axis=1)
         low, high = np.quantile(slopes, (0.025, 0.975))
         within = Interval(float(above.sum() / below.sum()), float(low), float(high))
-    rates = [float(hit[mark == kind].mean()) if (mark == kind).any() else float("nan") for kind in (1, 0)]
-    return Contrast(float(mark.mean()), *rates, rates[0] - rates[1], within, int(both.sum()))
+    with_, without = (float(hit[mark == kind].mean()) if (mark == kind).any() else math.nan for kind in (1, 0))
+    return Contrast(float(mark.mean()), with_, without, with_ - without, within, int(both.sum()))
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class EndpointSampler:
     ) -> list[Sample]:
         """What follows begun answers; the endpoint must know `continue_final_message`, as vLLM and SGLang do."""
         messages = self._messages(question, question.text)
-        options = {"continue_final_message": True, "add_generation_prompt": False, "stop": [stop] if stop else None}
+        options: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
+        options["stop"] = [stop] if stop else None
         if max_tokens is not None:
             options["max_tokens"] = max_tokens
 

@@ -184,7 +184,8 @@ def _ours(text: str, choices: Mapping[str, str] | None) -> Extraction:
     if (number := _last_number(text)) is None:
         return Extraction(None, "none", None)
     value = number[0].replace(",", "").replace("\N{MINUS SIGN}", "-")
-    return Extraction((choices and as_option(value, choices)) or value, "number", number.span())
+    letter = as_option(value, choices) if choices else ""
+    return Extraction(letter or value, "number", number.span())
 
 
 def _lmms_eval(text: str, choices: Mapping[str, str] | None) -> Extraction:

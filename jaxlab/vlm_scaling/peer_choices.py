@@ -26,7 +26,7 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-_SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_SEPARATORS = ".()[],:;!*#{}"
 _REGEX_LEADS = (
     *("The best answer is", "The correct answer is", "The answer is", "The answer"),
     *("The best option is", "The correct option is", "Best answer:", "Best option:"),
@@ -63,23 +63,30 @@ def vlmevalkit(text: str, choices: Mapping[str, str]) -> str:
     """The only letter among the last words, else a declared one, else the only option whose text occurs."""
     if any(refusal in text for refusal in _REFUSALS):
         return ""
+    lowered = text.lower()
     if _FAILED not in text:
-        words = text.translate(_SEPARATORS).split()
-        present = [letter for letter in choices if letter in words]
+        words = _words(text)
+        known = set(words)
+        present = [letter for letter in choices if letter in known]
         if len(present) == 1 and words.index(present[0]) > len(words) - 5:
             return present[0]
-        if not present and "Z" in words:
+        if not present and "Z" in known:
             return ""
-        by_fold = {letter.casefold(): letter for letter in choices}
-        letters = "|".join(map(re.escape, choices))
-        declared = re.search(rf"answer is\s*+\**+\s*+({letters})", text, re.IGNORECASE | re.ASCII)
-        if declared:
-            return by_fold[declared[1].casefold()]
-    lowered = text.lower()
+        if "answer is" in lowered:
+            letters = "|".join(map(re.escape, choices))
+            declared = re.search(rf"answer is\s*+\**+\s*+({letters})", text, re.IGNORECASE | re.ASCII)
+            if declared:
+                return {letter.lower(): letter for letter in choices}[declared[1].lower()]
     if len(lowered) > 2 * sum(len(str(option)) for option in choices.values()):
         return ""
     present = [letter for letter, option in choices.items() if str(option).lower() in lowered]
     return present[0] if len(present) == 1 else ""
+
+
+def _words(text: str) -> list[str]:
+    for separator in _SEPARATORS:
+        text = text.replace(separator, " ")
+    return text.split()
 
 
 def vlmevalkit_regex(text: str, choices: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class Report:
             raise ValueError(f"budget: expected at least {least:g} tokens a question, got {budget:g}")
         return within[-1]
 
-    def cells(self) -> tuple[tuple[str, ...], list[tuple[str | float | None, ...]]]:
+    def cells(self) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
         """Column names and rows, for a table of `core.Report`."""
         kinds = [field.name for field in dataclasses.fields(Tokens)]
         columns = ("strategy", "accuracy", "low", "high", "difference", "p (Holm)", "tokens", *kinds)
