@@ -36,6 +36,7 @@ PATTERNS: Mapping[str, str] = {
 
 INSERTION = "Wait, let me check again."
 _WORD = re.compile(r"\S+")
+_DECLARED = re.compile(r"\banswer(?: is\b|:)", re.IGNORECASE)
 
 Outcome = Literal["wrong->right", "right->wrong", "wrong->wrong'", "unchanged"]
 
@@ -59,7 +60,7 @@ def find(text: str, *, patterns: Mapping[str, str] | None = None) -> list[Marker
     """Markers in the thinking part, in the order of their places.
 
     The thinking part is what stands in `<think>` blocks, an unclosed one or one without an opening tag included;
-    without tags, all before the answer.
+    without tags, all before the answer: a tag, a box, or the last "answer is" or "answer:".
 
     Args:
       text: of a sample, without the question.
@@ -91,8 +92,11 @@ def _compiled(kind: str, pattern: str) -> re.Pattern[str]:
 def _thinking(text: str) -> list[tuple[int, int]]:
     opening, closing = "<think>", "</think>"
     if opening not in text and closing not in text:
-        answer = extract(text).span
-        return [(0, len(text) if answer is None else answer[0])]
+        found = extract(text)
+        if found.span is not None and found.method in ("answer_tag", "boxed"):
+            return [(0, found.span[0])]
+        declared = [match.start() for match in _DECLARED.finditer(text)]
+        return [(0, declared[-1] if declared else len(text))]
     parts, start = [], 0
     first = text.find(closing)
     if first >= 0 and not 0 <= text.find(opening) < first:  # the prompt opened it

@@ -41,6 +41,16 @@ class Tokens:
         return sum(dataclasses.astuple(self))
 
 
+def _of_four_characters(question: Question) -> int:
+    """A token for every four characters begun."""
+    return -(-len(question.text) // 4)
+
+
+def _none(question: Question) -> int:
+    """No tokens."""
+    return 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Meter:
     """Counts the tokens of a study.
@@ -54,8 +64,8 @@ class Meter:
         for each of them.
     """
 
-    prompt: Callable[[Question], int] = lambda question: -(-len(question.text) // 4)
-    image: Callable[[Question], int] = lambda question: 0
+    prompt: Callable[[Question], int] = _of_four_characters
+    image: Callable[[Question], int] = _none
     instruction: int = 0
     verdict: int = 1
     prefix_cache: bool = True

@@ -11,6 +11,7 @@ Requests run side by side, as many as the client allows.
 
 import concurrent.futures
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -51,7 +52,7 @@ class EndpointSampler:
           max_tokens: of a sample.
           system: message that comes first.
           instruction: put after each question, such as what to put the answer in.
-          allow_duplicates: at temperature 0 several samples of a question may be asked for.
+          allow_duplicates: at temperature 0 several samples of a question may be asked for, with a warning.
           logprobs: ask for log-probabilities of the tokens, for the mean in `Sample.logprob`.
 
         Raises:
@@ -72,10 +73,11 @@ class EndpointSampler:
           ValueError: several at temperature 0.
           EndpointError: the endpoint cannot be used, after its retries.
         """
-        if self._temperature == 0 and not self._allow_duplicates and (len(indices) > 1 or any(indices)):
-            raise ValueError(
-                f"temperature: expected above 0 for several samples, got 0 and the indices {list(indices)}"
-            )
+        if self._temperature == 0 and any(indices):
+            message = f"temperature: expected above 0 for several samples, got 0 and the indices {list(indices)}"
+            if not self._allow_duplicates:
+                raise ValueError(message)
+            warnings.warn(f"{message}; they will be the same", RuntimeWarning, stacklevel=2)
         messages = self._messages(question, question.text)
         return _side_by_side(lambda index: self._ask(messages, _seed(seed, index)), indices)
 

@@ -83,6 +83,7 @@ def best_of_n(
     """
     _check("fallback", fallback, ("first", "majority", "argmax_prob"))
     _check_lengths(answers, scores=scores, logprobs=logprobs, probs=probs)
+    scores = [score.item() if hasattr(score, "item") else score for score in scores]
     if all(score is None or score is False for score in scores):
         if fallback == "majority":
             return majority(answers)

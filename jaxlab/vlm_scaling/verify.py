@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 from jaxlab.vlm_scaling.extract import answer_tag, boxed, strip_thinking
 from jaxlab.vlm_scaling.inputs import MODES, PLACEHOLDERS, Controls, Mode, Request, build, check_blind
 from jaxlab.vlm_scaling.samples import Question, Sample
@@ -127,7 +129,7 @@ def yes_probability(logits: Any, yes_ids: Sequence[int], no_ids: Sequence[int]) 
     """P(yes) / (P(yes) + P(no)), the probability mass of all spellings of both added up: sigmoid(lse_yes - lse_no).
 
     Args:
-      logits: [..., V], NumPy or JAX.
+      logits: [..., V], of NumPy or JAX, or anything NumPy makes an array of.
       yes_ids: tokens that mean yes.
       no_ids: tokens that mean no.
 
@@ -137,6 +139,7 @@ def yes_probability(logits: Any, yes_ids: Sequence[int], no_ids: Sequence[int]) 
     Raises:
       ValueError: an empty set, one that holds a token of the other, or ids outside the vocabulary.
     """
+    logits = logits if hasattr(logits, "__array_namespace__") else np.asarray(logits)
     size = logits.shape[-1]
     for name, ids in (("yes_ids", yes_ids), ("no_ids", no_ids)):
         if not len(ids):

@@ -29,6 +29,8 @@ def test_markers_are_found_in_the_thinking_alone():
     assert [text for _, text, _ in kinds("<think>wait</think> wait <think>hold on</think>")] == ["wait", "hold on"]
     assert kinds("Alternatively 5. So <answer>7</answer> wait") == [("alternative", "Alternatively", 0)]
     assert kinds("Wait. Nothing is found") == [("recheck", "Wait", 0)]
+    assert kinds("I see 5 of them. Wait, so (B)") == [("recheck", "Wait", 5)]
+    assert kinds("The answer is 5. Wait, no. The answer is 7. Hmm") == [("recheck", "Wait", 4)]
     assert kinds("The waiter awaits.") == []
     assert kinds("", patterns={}) == []
 

@@ -145,7 +145,8 @@ def test_bad_inputs(server):
     server.answer = lambda body: completion("7")
     assert len(cold.sample(QUESTIONS[0], [0], seed=0)) == 1
     twice = endpoint.EndpointSampler(server.client, temperature=0.0, allow_duplicates=True)
-    assert len(twice.sample(QUESTIONS[0], [0, 1], seed=0)) == 2
+    with pytest.warns(RuntimeWarning, match="they will be the same"):
+        assert len(twice.sample(QUESTIONS[0], [0, 1], seed=0)) == 2
     for options, message in (({"temperature": -1.0}, "temperature"), ({"yes": ()}, "yes and no")):
         with pytest.raises(ValueError, match=message):
             endpoint.EndpointReader(server.client, **options)

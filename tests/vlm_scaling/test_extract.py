@@ -54,7 +54,7 @@ def test_ours(text, choices, value, method):
         assert text[slice(*found.span)].upper() == value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<analysis>", "</analysis>", "a", " ", "7"]), max_size=12))
 def test_thinking_is_stripped(parts):
     text = "".join(parts)
@@ -64,7 +64,7 @@ def test_thinking_is_stripped(parts):
         assert oracle.strip_thinking(text[slice(*number.span)]) == number.value
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(texts)
 def test_letters_of_the_tools(text):
     choices = {letter: COLOURS[letter] for letter in "ABCD"}
@@ -113,13 +113,13 @@ def test_lmms_eval_answers():
     assert extract.extract(" so ", style="vlmevalkit").value == "so"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(["1", "23", ".", " ", "\n", "a", "_", "\u0663", "\t", "-"]), max_size=12).map("".join))
 def test_closing_number(text):
     assert extract.extract(text, style="lmms-eval").value == oracle.closing_number(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60), st.sampled_from(["jaxlab", "lmms-eval", "vlmevalkit", "vlmevalkit-regex"]))
 def test_any_text_has_an_answer_or_none(text, style):
     for choices in (None, COLOURS):
@@ -135,12 +135,14 @@ HOSTILE += ["1,234", "blue,"]
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_texts_take_linear_time(piece, unchecked):
-    text = "so 4" + piece * (200_000 // len(piece)) + "x"
+    text = "so 4" + piece * (60_000 // len(piece)) + "x"
     start = time.process_time()
     for style in ("jaxlab", "lmms-eval", "vlmevalkit", "vlmevalkit-regex"):
         for choices in (None, COLOURS):
             extract.extract(text, choices=choices, style=style)
-    assert time.process_time() - start < 3.0  # about 0.1 s a rule at worst; the square of the length would be hours
+    assert (
+        time.process_time() - start < 1.0
+    )  # some hundredths of a second in truth; the square of the length would be minutes
 
 
 def test_bad_arguments(unchecked):

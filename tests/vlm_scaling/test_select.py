@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,13 +54,14 @@ def test_best_of_n_ranks(rows):
     assert got.groups[0] == (got.index,)
 
 
-def test_best_of_n_falls_back():
+def test_best_of_n_falls_back(unchecked):
     answers, scores = ["1", "2", "2"], [False, None, False]
     assert select.best_of_n(answers, scores).index == 0
     assert select.best_of_n(answers, scores, fallback="majority").index == 1
     assert select.best_of_n(answers, scores, probs=[0.1, None, 0.3], fallback="argmax_prob").index == 2
     assert select.best_of_n(answers, [False, None, True], fallback="majority").index == 2
     assert select.best_of_n(answers, [None, 0.0, None]).index == 1
+    assert select.best_of_n(answers, [np.False_, np.False_, np.False_], fallback="majority").index == 1
     with pytest.raises(ValueError, match="probs: expected the yes-probabilities"):
         select.best_of_n(answers, scores, fallback="argmax_prob")
 

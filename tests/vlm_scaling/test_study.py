@@ -34,7 +34,7 @@ from jaxlab.vlm_scaling.simulation import Simulation
 from tests.oracles import voting
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNT = 1500
+COUNT = 800
 
 
 @pytest.mark.latest

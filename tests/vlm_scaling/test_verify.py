@@ -81,7 +81,7 @@ def test_yes_probability():
     got = jax.jit(lambda x: verify.yes_probability(x, (1, 4), (2,)))(jnp.asarray(logits, jnp.bfloat16))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=0.05)
-    assert verify.yes_probability(np.array([0.0, -np.inf, 1000.0]), [0], [1]) == pytest.approx(1)
+    assert verify.yes_probability([0.0, -math.inf, 1000.0], [0], [1]) == pytest.approx(1)
     assert verify.yes_probability(np.array([0.0, 0.0, 1000.0]), [0], [2]) == pytest.approx(0, abs=1e-30)
     messages = {"yes_ids: .* none": ([], [1]), "no_ids": ([1], []), "below 9": ([9], [1]), r"\[1\]": ([1], [1])}
     for message, ids in messages.items():
