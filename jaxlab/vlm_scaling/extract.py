@@ -26,7 +26,7 @@ Span = tuple[int, int]
 _TAGS = ("think", "analysis")  # what lmms-eval strips unless told otherwise
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]}.])[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)(?:\.\d+)?"
+    r"(?:(?<![\w)\]}.])[-+\u2212])?(?:\d{1,3}(?!\d)(?:,\d{3}(?!\d))++|\d++)(?:\.\d++)?"
     r"(?:[eE][-+]?\d{1,3}(?!\w)|/\d+(?![\d/.]))?(?:\s?\\?%)?"
 )
 _WRAPPED = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{|[\s$*_`\"'(\[{])*+([A-Za-z])[\s$*_`\"')\]}.:,;]*")

@@ -81,7 +81,7 @@ class View:
         missing = [index for index in range(count) if str(index) not in known]
         if missing and verifier is not None:
             candidates = [self.samples[index] for index in missing]
-            seed = self._responses.seed_of(self.question.id, f"verify {mode}")
+            seed = self._responses.seed_of(self.question.id, f"verify {mode} {missing[0]}")
             scores = verifier.verify(self.question, candidates, mode=mode, seed=seed)
             if len(scores) != len(missing):
                 raise ValueError(
