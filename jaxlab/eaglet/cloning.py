@@ -67,7 +67,7 @@ def clone_executors(
     stops: Mapping[str, int],
     config: SFTConfig,
     *,
-    hidden: str | None = None,
+    decoys: bool = False,
     length: int | None = None,
     prompt: ExecutorPrompt = executor_prompt,
     folder: str | os.PathLike | None = None,
@@ -83,8 +83,8 @@ def clone_executors(
       plans: a plan of a task, such as a `GoldPathPlanSource`.
       stops: name of an executor -> step at which it is taken, at most `config.steps`.
       config: of the run.
-      hidden: stands in place of the instruction where there is a plan, so that the plan has to be read; an executor
-        that knows its tasks by heart learns from nothing else to follow one. None: the instruction stands.
+      decoys: where there is a plan, show it with another task's instruction, so that the plan has to be read; an
+        executor that knows its tasks by heart learns from nothing else to follow one.
       length: tokens of a context, as in `LMExecutor`.
       prompt: a context as text.
       folder: for metrics and checkpoints.
@@ -99,12 +99,15 @@ def clone_executors(
     common: dict[str, Any] = {"length": length, "prompt": prompt, **executor}
     room = LMExecutor(model, params, tokenizer, name="room", **common).length
     told = {context.task.id: plans(context.task).plan for context, _ in shown}
+    instructions = {context.task.id: context.task.instruction for context, _ in shown}
     rows = []
-    for context, action in shown:
+    for index, (context, action) in enumerate(shown):
         for plan in ("", told[context.task.id]):
             task = context.task
-            if hidden is not None and plan:
-                task = dataclasses.replace(task, instruction=hidden)
+            if decoys and plan:
+                others = [text for name, text in instructions.items() if name != task.id] or [task.instruction]
+                chance = np.random.default_rng((config.seed, index))
+                task = dataclasses.replace(task, instruction=others[chance.integers(len(others))])
             planned = dataclasses.replace(context, task=task, plan=plan)
             ids = fitted(tokenizer, *prompt(planned), room, task.id)
             rows.append((ids, command_ids(tokenizer, action)))

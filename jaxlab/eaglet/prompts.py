@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlab.eaglet.executors import Context
+from jaxlab.eaglet.plans import describe, plan_steps
 from jaxlab.models import chat_prompt
 
 ExecutorPrompt = Callable[[Context], tuple[str, str]]
@@ -22,7 +23,9 @@ def planner_prompt(tokenizer: Any, instruction: str) -> str:
     return f"Task: {instruction}\n"
 
 
-def executor_prompt(context: Context, *, observations: int = 1, commands: int | None = None) -> tuple[str, str]:
+def executor_prompt(
+    context: Context, *, observations: int = 1, commands: int | None = None, next_step: bool = False
+) -> tuple[str, str]:
     """What a local executor continues by a command, like the screen of a terminal.
 
     Task and plan come first and stay whole. What was done follows, more commands than observations, for it is the
@@ -32,14 +35,26 @@ def executor_prompt(context: Context, *, observations: int = 1, commands: int | 
       context: what the executor knows.
       observations: how many of the last ones are shown, the present one included.
       commands: how many of the last ones are shown; None: all.
+      next_step: show of the plan the first step alone that was not tried as it stands, and that last. A small decoder
+        does not have to find its place in the plan then.
     """
-    head = f"Task: {context.task.instruction}\n" + (f"Plan: {context.plan}\n" if context.plan else "")
+    step = _untried(context) if next_step else None
+    shown = context.plan and not next_step
+    head = f"Task: {context.task.instruction}\n" + (f"Plan: {context.plan}\n" if shown else "")
     done = len(context.history)
     lines = []
     for index, (action, observation) in enumerate(context.history):
         lines += [observation] if done - index < observations else []
         lines += [f"> {action}"] if commands is None or done - index <= commands else []
-    return head, "\n".join([*lines, context.observation, ">"])
+    return head, "\n".join([*lines, context.observation, f"Plan: {step}\n" if step else ">"])
+
+
+def _untried(context: Context) -> str | None:
+    steps = iter(plan_steps(context.plan))
+    step = next(steps, None)
+    for action, _ in context.history:
+        step = next(steps, None) if step in (action, describe(action)) else step
+    return step
 
 
 def fitted(tokenizer: Any, head: str, body: str, room: int, name: str) -> list[int]:

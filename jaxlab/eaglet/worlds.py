@@ -13,7 +13,7 @@ from jaxlab.eaglet.cloning import clone_executors, demonstrations, world_texts
 from jaxlab.eaglet.envs import GridGuide, GridQuestEnv, ScienceWorldEnv, Task, TextEnv, TextWorldEnv
 from jaxlab.eaglet.executors import Executor, GoldGuide, Guide, ScriptedExecutor
 from jaxlab.eaglet.lm_executor import LMExecutor
-from jaxlab.eaglet.prompts import executor_prompt
+from jaxlab.eaglet.prompts import ExecutorPrompt, executor_prompt
 from jaxlab.eaglet.supervised import SFTConfig
 from jaxlab.eaglet.synth import GoldPathPlanSource
 from jaxlab.eaglet.words import word_tokenizer
@@ -111,7 +111,8 @@ class ExecutorsConfig:
       other_steps: where the third one is; None: at the end.
       detours: of `demonstrations`.
       commands: earlier commands that decoders see; None: all.
-      hidden: of `clone_executors`.
+      next_step: of `executor_prompt`, like `commands`.
+      decoys: of `clone_executors`.
     """
 
     kind: Literal["scripted", "lm"] = "scripted"
@@ -123,7 +124,8 @@ class ExecutorsConfig:
     other_steps: int | None = None
     detours: int | float = 0.2
     commands: int | None = 0
-    hidden: str | None = "Follow the plan."
+    next_step: bool = True
+    decoys: bool = True
 
     def __post_init__(self):
         check_choice("kind", self.kind, ("scripted", "lm"))
@@ -152,7 +154,7 @@ def make_executors(
         }
     if not all((folder / name / "config.json").exists() for name in NAMES):
         _clone(config, env, train, folder)
-    prompt = functools.partial(executor_prompt, commands=config.commands)
+    prompt = _prompt(config)
     return {name: LMExecutor.load(folder / name, name=name, prompt=prompt) for name in NAMES}
 
 
@@ -160,19 +162,31 @@ def _clone(config: ExecutorsConfig, env: TextEnv, train: Sequence[Task], folder:
     """Trains expert and novice in one run, the other one in another."""
     teacher = ScriptedExecutor("teacher", _guide(env, train), skill=1.0)
     shown, gold = demonstrations(env, train, teacher, detours=config.detours), GoldPathPlanSource(env)
-    tokenizer = word_tokenizer([*world_texts(shown, gold), config.hidden or ""])
+    tokenizer = word_tokenizer(world_texts(shown, gold))
     model = config.sizes.model(tokenizer.vocab_size)
-    prompt = functools.partial(executor_prompt, commands=config.commands)
     first = {"expert": config.sft.steps, "novice": config.novice_steps}
     for run, stops in enumerate((first, {"other": config.other_steps or config.sft.steps})):
         sft = dataclasses.replace(config.sft, seed=config.sft.seed + run)
         params = init_params(model, jax.random.key(sft.seed))
         where = folder / f"run-{run}"
         made = clone_executors(
-            model, params, tokenizer, shown, gold, stops, sft, hidden=config.hidden, prompt=prompt, folder=where
+            model,
+            params,
+            tokenizer,
+            shown,
+            gold,
+            stops,
+            sft,
+            decoys=config.decoys,
+            prompt=_prompt(config),
+            folder=where,
         )
         for name, executor in made.items():
             executor.save(folder / name)
+
+
+def _prompt(config: ExecutorsConfig) -> ExecutorPrompt:
+    return functools.partial(executor_prompt, commands=config.commands, next_step=config.next_step)
 
 
 def _guide(env: TextEnv, tasks: Sequence[Task]) -> Guide:

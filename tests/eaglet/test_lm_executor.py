@@ -46,6 +46,13 @@ def test_what_an_executor_reads():
         "Task: Say yes.\n",
         "Two.\n> use well\nSeed 0.\n>",
     )
+    plan = "Step 1: south Step 2: use well Step 3: yes"
+    told = [
+        executor_prompt(context(plan, done), commands=0, next_step=True)
+        for done in (history, (("south", ""), *history))
+    ]
+    assert told == [("Task: Say yes.\n", f"Seed 0.\nPlan: {step}\n") for step in ("south", "yes")]
+    assert executor_prompt(context("Step 1: north", history), next_step=True) == executor_prompt(context("", history))
     tokenizer = ByteTokenizer()
     assert tokenizer.decode(fitted(tokenizer, "head|", "a long body", 9, "x")) == "head|body"
     with pytest.raises(ValueError, match="length: expected room for more than task and plan of 'x', 5 tokens, got 5"):
@@ -157,11 +164,12 @@ def test_a_clone_does_what_it_was_shown():
         seen.append((context.task.instruction, bool(context.plan)))
         return executor_prompt(context)
 
+    other = dataclasses.replace(shown[0][0], task=dataclasses.replace(TASK, id="other", instruction="Say no."))
     clone_executors(
-        *toys.decoder(), toys.tokenizer(), shown[:1], lambda _: toys.plan("half"), {"x": 1}, config, hidden="Half!",
-        prompt=watched,
+        *toys.decoder(), toys.tokenizer(), [shown[0], (other, "no")], lambda _: toys.plan("half"), {"x": 1}, config,
+        decoys=True, prompt=watched,
     )  # fmt: skip
-    assert seen == [("Say yes.", False), ("Half!", True)]
+    assert seen == [("Say yes.", False), ("Say no.", True), ("Say no.", False), ("Say yes.", True)]
     for plan in ("", "Step 1: half Step 2: yes"):
         assert made["late"].act(dataclasses.replace(shown[0][0], plan=plan)) == "half"
         assert made["late"].act(dataclasses.replace(shown[1][0], plan=plan)) == "yes"

@@ -110,10 +110,10 @@ class GridQuestEnv(TextEnv):
         return actions
 
     def _look(self) -> str:
-        seen = []
+        seen = []  # the way comes before the place: a small decoder finds a name again, and what led up to it
         for (row, column), place in self._cells.items():
             ways = [*dict.fromkeys(_ways(self._cell, (row, column)))]
-            seen.append(f"{place}: {' '.join(ways) or 'here'}.")
+            seen.append(f"{' '.join(ways) or 'here'}: {place}.")
         return f"{self._done} of {len(self._recipe)} done. {' '.join(seen)}"
 
 
@@ -133,7 +133,7 @@ class GridGuide:
         verb, _, place = subgoal.partition(" ")
         if verb != "use" or place not in PLACES:
             return None
-        way = context.observation.partition(f"{place}: ")[2].partition(".")[0].split()
+        way = context.observation.partition(f": {place}.")[0].rpartition(". ")[2].split()
         return subgoal if way == ["here"] else way[0]
 
 
