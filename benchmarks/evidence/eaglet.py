@@ -19,22 +19,23 @@ SEEDS = (0, 1, 2)
 DECODERS = (
     "world.options={size: 5, n_tasks: 240}",
     "executors.kind=lm",
-    "executors.sft={steps: 6000, batch_size: 64, optimizer: {learning_rate: 2e-3, warmup_steps: 50}}",
-    "executors.novice_steps=3000",
-    "executors.other_steps=4500",
+    "executors.sft={steps: 3000, batch_size: 32, optimizer: {learning_rate: 3e-3, warmup_steps: 50}}",
+    "executors.novice_steps=2000",
+    "executors.other_steps=1500",
     "grpo.seeds=[0]",
+    "grpo.steps=50",
     "filter_seeds=[0]",
     "eval_seeds=[0]",
 )
 QUESTS = (
-    "world={name: text_world, options: {n_tasks: 64}, held_out: 24}",
+    "world={name: text_world, options: {n_tasks: 24}}",
     "planner={hidden_size: 128, layers: 3, heads: 4, context: 384}",
     "corruption=0.5",
     "sft={steps: 400, batch_size: 16, optimizer: {learning_rate: 1e-3, warmup_steps: 20}}",
     "grpo.max_prompt_length=192",
     "grpo.max_completion_length=192",
 )
-SCIENCE = ("world={name: science_world, train: 1, held_out: 24}", "eval_seeds=[0]")
+SCIENCE = ("world={name: science_world, train: 1, held_out: 12}", "eval_seeds=[0]")
 TRAINED = ("none", "untrained", "other_type", "sft_all", "sft", "grpo")
 ABLATED = ("grpo_expert", "grpo_novice", "grpo_success", "best_of")
 WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]] = {

@@ -1,6 +1,7 @@
 """Executors of one family by behaviour cloning: the same run stopped early is a novice, at its end an expert.
 
-Half of what they see has a plan, for they could not follow one otherwise, and half has none.
+Half of what they see has a plan, for they could not follow one otherwise, and half has none. A second run that begins
+with the first one's parameters and sees fewer plans makes an expert of tasks rather than of plans.
 """
 
 import dataclasses
@@ -68,6 +69,7 @@ def clone_executors(
     config: SFTConfig,
     *,
     decoys: bool = False,
+    plain: int = 1,
     length: int | None = None,
     prompt: ExecutorPrompt = executor_prompt,
     folder: str | os.PathLike | None = None,
@@ -85,14 +87,18 @@ def clone_executors(
       config: of the run.
       decoys: where there is a plan, show it with another task's instruction, so that the plan has to be read; an
         executor that knows its tasks by heart learns from nothing else to follow one.
+      plain: how often a demonstration is there without a plan, for each time with it.
       length: tokens of a context, as in `LMExecutor`.
       prompt: a context as text.
       folder: for metrics and checkpoints.
       **executor: further arguments of `LMExecutor`.
 
     Raises:
-      ValueError: no demonstrations, a stop outside 1 to `config.steps`, or a context that does not fit.
+      ValueError: no demonstrations, `plain` below 1, a stop outside 1 to `config.steps`, or a context that does not
+        fit.
     """
+    if plain < 1:
+        raise ValueError(f"plain: expected at least 1, got {plain}")
     for name, step in stops.items():
         if not 1 <= step <= config.steps:
             raise ValueError(f"stops: expected steps from 1 to config.steps = {config.steps}, got {step} for {name!r}")
@@ -102,7 +108,7 @@ def clone_executors(
     instructions = {context.task.id: context.task.instruction for context, _ in shown}
     rows = []
     for index, (context, action) in enumerate(shown):
-        for plan in ("", told[context.task.id]):
+        for plan in (*[""] * plain, told[context.task.id]):
             task = context.task
             if decoys and plan:
                 others = [text for name, text in instructions.items() if name != task.id] or [task.instruction]

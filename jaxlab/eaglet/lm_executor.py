@@ -68,7 +68,7 @@ class LMExecutor(Executor):
                 f"length: expected 1 to max_position_embeddings - max_tokens = {room}, got {length or room}"
             )
         self.name, self.length = name, length or room
-        self._model, self._params, self._tokenizer = model, params, tokenizer
+        self._model, self.params, self._tokenizer = model, params, tokenizer
         self._temperature, self._score, self._max_tokens, self._prompt = temperature, score, max_tokens, prompt
 
     def act(self, context: Context) -> str:
@@ -84,7 +84,7 @@ class LMExecutor(Executor):
         prompts = [self._ids(context) for context in contexts]
         listed = [k for k, context in enumerate(contexts) if context.commands]
         commands = [[command_ids(self._tokenizer, each) for each in contexts[k].commands] for k in listed]
-        logps = command_logps(self._model, self._params, [prompts[k] for k in listed], commands)
+        logps = command_logps(self._model, self.params, [prompts[k] for k in listed], commands)
         reduce = np.sum if self._score == "sum" else np.mean
         actions = {
             k: contexts[k].commands[self._chosen([float(reduce(each)) for each in found], contexts[k])]
@@ -94,7 +94,7 @@ class LMExecutor(Executor):
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes a Hugging Face folder of model and tokenizer."""
-        save_pretrained(folder, self._model, self._params, tokenizer=self._tokenizer)
+        save_pretrained(folder, self._model, self.params, tokenizer=self._tokenizer)
         return Path(folder)
 
     @classmethod
@@ -116,7 +116,7 @@ class LMExecutor(Executor):
         sampling = SamplingParams(max_tokens=self._max_tokens, temperature=self._temperature, stop="\n")
         out = generate(
             self._model,
-            self._params,
+            self.params,
             [ids],
             sampling,
             rng=jax.random.key(zlib.crc32(repr(_entropy(context)).encode())),

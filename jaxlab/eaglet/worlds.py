@@ -101,14 +101,17 @@ class ExecutorsConfig:
     """Expert, novice, and a third executor for evaluation alone.
 
     Attributes:
-      kind: "scripted", or "lm": decoders cloned from gold paths, of which the novice is the expert stopped early and
-        the third one has other parameters to begin with.
+      kind: "scripted", or "lm": decoders cloned from gold paths. The novice has learnt to follow plans and little
+        else; the expert is the novice trained further, on tasks without a plan above all; the third one came the same
+        way from other parameters.
       skills: of scripted ones, what each knows of a task.
       follow: of scripted ones, how well each keeps to a plan.
       sizes: of the decoders.
-      sft: the decoders' training.
-      novice_steps: where the novice is taken.
-      other_steps: where the third one is; None: at the end.
+      sft: the expert's further training.
+      novice_steps: the novice's training, in all else the same.
+      other_steps: the third one's further training; None: as long as the expert's.
+      plain: of `clone_executors`, in the further training.
+      temperature: of the decoders; a little chance ends the loops that small ones run into.
       detours: of `demonstrations`.
       commands: earlier commands that decoders see; None: all.
       next_step: of `executor_prompt`, like `commands`.
@@ -118,10 +121,12 @@ class ExecutorsConfig:
     kind: Literal["scripted", "lm"] = "scripted"
     skills: tuple[int | float, ...] = (0.5, 0.1, 0.3)
     follow: tuple[int | float, ...] = (0.95, 0.9, 0.9)
-    sizes: Sizes = dataclasses.field(default_factory=lambda: Sizes(layers=3, context=256))
-    sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(steps=1500, batch_size=64))
-    novice_steps: int = 750
+    sizes: Sizes = dataclasses.field(default_factory=lambda: Sizes(context=256))
+    sft: SFTConfig = dataclasses.field(default_factory=lambda: SFTConfig(steps=3000))
+    novice_steps: int = 2000
     other_steps: int | None = None
+    plain: int = 4
+    temperature: int | float = 0.5
     detours: int | float = 0.2
     commands: int | None = 0
     next_step: bool = True
@@ -154,35 +159,39 @@ def make_executors(
         }
     if not all((folder / name / "config.json").exists() for name in NAMES):
         _clone(config, env, train, folder)
-    prompt = _prompt(config)
-    return {name: LMExecutor.load(folder / name, name=name, prompt=prompt) for name in NAMES}
+    options: dict[str, Any] = {"temperature": config.temperature, "prompt": _prompt(config)}
+    return {name: LMExecutor.load(folder / name, name=name, **options) for name in NAMES}
 
 
 def _clone(config: ExecutorsConfig, env: TextEnv, train: Sequence[Task], folder: Path) -> None:
-    """Trains expert and novice in one run, the other one in another."""
+    """Trains a novice and then the expert, and the same again for the other one."""
     teacher = ScriptedExecutor("teacher", _guide(env, train), skill=1.0)
     shown, gold = demonstrations(env, train, teacher, detours=config.detours), GoldPathPlanSource(env)
     tokenizer = word_tokenizer(world_texts(shown, gold))
     model = config.sizes.model(tokenizer.vocab_size)
-    first = {"expert": config.sft.steps, "novice": config.novice_steps}
-    for run, stops in enumerate((first, {"other": config.other_steps or config.sft.steps})):
-        sft = dataclasses.replace(config.sft, seed=config.sft.seed + run)
-        params = init_params(model, jax.random.key(sft.seed))
-        where = folder / f"run-{run}"
+
+    def trained(name: str, steps: int, params: Any, seed: int, plain: int = 1) -> LMExecutor:
+        adam = dataclasses.replace(config.sft.optimizer, steps=steps)
         made = clone_executors(
             model,
             params,
             tokenizer,
             shown,
             gold,
-            stops,
-            sft,
+            {name: steps},
+            dataclasses.replace(config.sft, steps=steps, seed=seed, optimizer=adam),
             decoys=config.decoys,
+            plain=plain,
             prompt=_prompt(config),
-            folder=where,
+            folder=folder / f"run-{name}",
         )
-        for name, executor in made.items():
-            executor.save(folder / name)
+        return made[name]
+
+    further = (("novice", "expert", config.sft.steps), ("base", "other", config.other_steps or config.sft.steps))
+    for seed, (first, last, steps) in enumerate(further, config.sft.seed):
+        novice = trained(first, config.novice_steps, init_params(model, jax.random.key(seed)), seed)
+        novice.save(folder / first)
+        trained(last, steps, novice.params, seed, config.plain).save(folder / last)
 
 
 def _prompt(config: ExecutorsConfig) -> ExecutorPrompt:

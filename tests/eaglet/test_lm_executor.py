@@ -167,9 +167,9 @@ def test_a_clone_does_what_it_was_shown():
     other = dataclasses.replace(shown[0][0], task=dataclasses.replace(TASK, id="other", instruction="Say no."))
     clone_executors(
         *toys.decoder(), toys.tokenizer(), [shown[0], (other, "no")], lambda _: toys.plan("half"), {"x": 1}, config,
-        decoys=True, prompt=watched,
+        decoys=True, plain=2, prompt=watched,
     )  # fmt: skip
-    assert seen == [("Say yes.", False), ("Say no.", True), ("Say no.", False), ("Say yes.", True)]
+    assert seen == [*[("Say yes.", False)] * 2, ("Say no.", True), *[("Say no.", False)] * 2, ("Say yes.", True)]
     for plan in ("", "Step 1: half Step 2: yes"):
         assert made["late"].act(dataclasses.replace(shown[0][0], plan=plan)) == "half"
         assert made["late"].act(dataclasses.replace(shown[1][0], plan=plan)) == "yes"
@@ -177,5 +177,7 @@ def test_a_clone_does_what_it_was_shown():
     assert {action for _, action in wandering} == {"half"}
     with pytest.raises(ValueError, match=r"stops: expected steps from 1 to .* = 40, got 41 for 'x'"):
         clone_executors(*toys.decoder(), toys.tokenizer(), shown, lambda _: BROKEN, {"x": 41}, config)
+    with pytest.raises(ValueError, match="plain: expected at least 1, got 0"):
+        clone_executors(*toys.decoder(), toys.tokenizer(), shown, lambda _: BROKEN, {"x": 1}, config, plain=0)
     with pytest.raises(ValueError, match="detours"):
         demonstrations(EchoEnv(), [TASK], Says("teacher", "half"), detours=1.0)
