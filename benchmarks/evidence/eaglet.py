@@ -1,4 +1,8 @@
-"""What is a planner worth to executors that stay as they are? Methods and controls, world by world; and its cost."""
+"""What is a planner worth to executors that stay as they are? Methods and controls, world by world; and its cost.
+
+Minutes of one core, estimated from their parts: grid 10, its decoders 10, TextWorld 15, ScienceWorld 10, alpha 3,
+cost 3.
+"""
 
 import atexit
 import dataclasses
@@ -32,6 +36,7 @@ QUESTS = (
     "planner={hidden_size: 128, layers: 3, heads: 4, context: 384}",
     "corruption=0.5",
     "sft={steps: 400, batch_size: 16, optimizer: {learning_rate: 1e-3, warmup_steps: 20}}",
+    "grpo.steps=40",
     "grpo.max_prompt_length=192",
     "grpo.max_completion_length=192",
 )
