@@ -4,6 +4,7 @@ Texts are made up: some 1 900 characters of thinking each, then an answer. The l
 ratio of 1 meets them. math-verify decides which answers are equal by computer algebra, a voting key by a small grammar.
 """
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,11 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
     return float(np.median(times[1:]))
 
 
+def _each(function: Callable[[str], object], texts: list[str]) -> None:
+    for text in texts:
+        function(text)
+
+
 def answers(count: int) -> list[str]:
     """Different ways to write numbers."""
     stream = random.Random(1)
@@ -74,12 +80,13 @@ def cases(quick: bool) -> Iterator[Case]:
     repeats = 3 if quick else 5
     for options, style in ((False, "jaxlab"), (True, "jaxlab"), (True, "lmms-eval"), (True, "vlmevalkit")):
         drawn, choices = texts(TEXTS, options=options), CHOICES if options else None
-        taken = seconds(lambda: [extract.extract(text, choices=choices, style=style) for text in drawn], repeats)  # noqa: B023
+        read = functools.partial(extract.extract, choices=choices, style=style)
+        taken = seconds(functools.partial(_each, read, drawn), repeats)
         what = f"extraction of {TEXTS} texts, {'multiple choice' if options else 'numbers'}, style {style}"
         yield Case(SYSTEM, what, "CPU s", taken, LIMIT_S, f"limit of {LIMIT_S:g} s", 1.0)
     right = (np.random.default_rng(0).random(QUESTIONS) < 0.5).astype(float)
     for method in ("percentile", "bca"):
-        taken = seconds(lambda: stats.bootstrap_ci(right, n_resamples=RESAMPLES, method=method), repeats)  # noqa: B023
+        taken = seconds(functools.partial(stats.bootstrap_ci, right, n_resamples=RESAMPLES, method=method), repeats)
         what = f"bootstrap, {RESAMPLES} of {QUESTIONS} questions, {method}"
         yield Case(SYSTEM, what, "CPU s", taken, LIMIT_S, f"limit of {LIMIT_S:g} s", 1.0)
     scipy = require("scipy.stats", "test")

@@ -9,12 +9,11 @@ Nothing heavy is imported before a command needs it. What a user got wrong ends 
 configuration) or 1 (while running); `JAXLAB_TRACEBACK=1` shows where it came from.
 """
 
-import contextlib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from jaxlab import _platform, recipes
+from jaxlab.terminal import one_line, usage
 
 if TYPE_CHECKING:
     from jaxlab.core import Report
@@ -50,7 +50,7 @@ class _Group(TyperGroup):
         except (*_USER_ERRORS, ExceptionGroup) as error:
             if os.environ.get("JAXLAB_TRACEBACK"):
                 raise
-            _complain(f"error: {_one_line(error)}")
+            _complain(f"error: {one_line(error)}")
             raise typer.Exit(1) from None
 
 
@@ -129,7 +129,7 @@ def train(
     distributed.initialize()
     from jaxlab import training
 
-    with _usage("CONFIG"):
+    with usage("CONFIG"):
         path = find_config(config)
         function = recipes.recipe_of(recipes.system_of(path)).run
         if not issubclass(recipes.config_class(function), training.TrainConfig):
@@ -167,7 +167,7 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    with _usage("options"):
+    with usage("options"):
         sampling = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, stop=tuple(stop or ()))
     tokenizer = load_tokenizer(source)
     if chat:
@@ -200,14 +200,14 @@ def plan(
     from jaxlab.core import find_config
     from jaxlab.core import plan as planning
 
-    with _usage("CONFIG"):
+    with usage("CONFIG"):
         path = find_config(config)
         system = recipes.system_of(path)
         recipe = recipes.recipe_of(system)
         if not hasattr(recipe, "plan"):
             raise ValueError(f"the system {system!r} has nothing to plan")
         settings = recipes.load(recipe.plan, path, overrides or ())
-    with _usage("--gpu, --topology, --mesh"):
+    with usage("--gpu, --topology, --mesh"):
         axes = _axes(mesh) or dict(getattr(settings, "mesh", None) or {}) or None
         where = planning.target(gpu, topology, axes)
     result = recipe.plan(settings, where)
@@ -239,7 +239,7 @@ def tour(
     """Run every system at laptop scale and write one report (out/tour/report.html)."""
     from jaxlab import tour as show
 
-    with _usage("--only"):
+    with usage("--only"):
         sections = show.choose(only or ())
     if not show.run(folder, sections, fresh=fresh):
         raise typer.Exit(1)
@@ -262,7 +262,7 @@ def _recipe_app(name: str) -> typer.Typer:
         """Run the system's recipe and print its report."""
         given = list(arguments or ())
         has_path = bool(given) and ("=" not in given[0] or Path(given[0]).exists())
-        with _usage("CONFIG"):
+        with usage("CONFIG"):
             path = given.pop(0) if has_path else recipes.SYSTEMS[name].config
             recipe = recipes.recipe_of(name)
             settings = recipes.load(recipe.run, path, given)
@@ -309,26 +309,6 @@ def _show(report: "Report", folder: Path) -> None:
     for note in report.notes:
         console.print(note, markup=False, highlight=False)
     console.print(f"report: {folder / 'report.json'}", markup=False)
-
-
-@contextlib.contextmanager
-def _usage(what: str) -> Iterator[None]:
-    """Turns the library's complaints about what was asked for into a usage error (exit code 2)."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, FileNotFoundError) as error:
-        if os.environ.get("JAXLAB_TRACEBACK"):
-            raise
-        raise typer.BadParameter(_one_line(error), param_hint=what) from None
-
-
-def _one_line(error: BaseException) -> str:
-    """An exception as one line that says what is wrong."""
-    if isinstance(error, ExceptionGroup):
-        return f"{error.message}: " + "; ".join(_one_line(each) for each in error.exceptions)
-    if isinstance(error, KeyError) and error.args:
-        error = ValueError(error.args[0])
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _complain(text: str) -> None:

@@ -39,6 +39,14 @@ class NoImplementation(ExceptionGroup, NotImplementedError):
         return NoImplementation(self.message, excs)
 
 
+def implementations(
+    reference: Callable[..., Any], xla: Callable[..., Any], triton: Callable[..., Any], **others: Callable[..., Any]
+) -> dict[str, Callable[..., Any]]:
+    """A table for `dispatch`: these three, the Triton kernel interpreted, and an op's own extras by name."""
+    interpret = functools.partial(triton, interpret=True)
+    return {"reference": reference, "xla": xla, "triton": triton, "interpret": interpret, **others}
+
+
 def dispatch(
     op: str, table: Mapping[str, Callable[..., Any]], implementation: Implementation, *args: Any, **kwargs: Any
 ) -> Any:

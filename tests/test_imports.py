@@ -26,7 +26,7 @@ FLOORS = {
 }
 # Modules that stand above the floor of their folder, wherever that is: stories, and what a person starts.
 ABOVE = {"recipe": (4, 0), "commands": (5, 0), "trainable": (5, 0)}
-TOP = ("cli", "doctor", "recipes", "tour", "_platform", "_tour_page", "__main__")
+TOP = ("cli", "doctor", "recipes", "terminal", "tour", "_platform", "_tour_page", "__main__")
 
 
 def files():

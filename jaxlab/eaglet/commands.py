@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxlab.terminal import check_choice, print_table, usage
+
 app = typer.Typer(rich_markup_mode="rich")
 
 _Config = Annotated[str, typer.Argument(help="A study's config (YAML).")]
@@ -89,8 +91,7 @@ def rl(
     from jaxlab import core
 
     methods = {"gain": "grpo", **{name: f"grpo_{name}" for name in ("expert", "novice", "success")}}
-    if reward not in methods:
-        raise typer.BadParameter(f"expected one of {', '.join(methods)}, got {reward!r}", param_hint="--reward")
+    check_choice("--reward", reward, tuple(methods))
     study, method = _study(config, overrides, folder), methods[reward]
     study.planner(method)
     rows = core.jsonl.read(folder / "runs" / method / "metrics.jsonl")
@@ -112,7 +113,7 @@ def evaluate(
     from jaxlab.eaglet.evaluation import MEASURES, compare
 
     study = _study(config, overrides, folder)
-    _check("--split", split, ("seen", "unseen"))
+    check_choice("--split", split, ("seen", "unseen"))
     _method(method)
     without, reports = study.evaluate("none", split), study.evaluate(method, split)
     rows = []
@@ -122,7 +123,7 @@ def evaluate(
             before, after, gain = (getattr(each, measure) for each in (without[name], report, gained))
             rows.append((name, measure, before.mean, after.mean, gain.mean, f"{gain.low:+.2f} to {gain.high:+.2f}"))
     columns = ("executor", "", "without a plan", method, "gain", "95 %")
-    _table(f"{len(study.held_out[split])} tasks, {split}", columns, rows)
+    print_table(f"{len(study.held_out[split])} tasks, {split}", columns, rows)
 
 
 @app.command()
@@ -141,8 +142,8 @@ def play(
     from jaxlab.eaglet.rollouts import rollout
 
     study = _study(config, overrides, folder)
-    _check("--split", split, ("seen", "unseen"))
-    _check("--executor", executor, tuple(study.executors))
+    check_choice("--split", split, ("seen", "unseen"))
+    check_choice("--executor", executor, tuple(study.executors))
     _method(method)
     tasks = study.held_out[split]
     if number >= len(tasks):
@@ -151,7 +152,7 @@ def play(
     plan = source(task).plan if source is not None else ""
     runs = [rollout(study.env, study.executors[executor], task, plan=each, seed=seed) for each in ("", plan)]
     typer.echo(f"Task: {task.instruction}\nPlan: {'; '.join(plan_steps(plan)) or '(none)'}\n")
-    _table(
+    print_table(
         f"{executor}, seed {seed}",
         ("", "without a plan", "with it"),
         [
@@ -167,28 +168,11 @@ def _study(config: str, overrides: list[str] | None, folder: Path) -> Any:
     from jaxlab.eaglet import recipe
     from jaxlab.eaglet.study import Study
 
-    try:
+    with usage("CONFIG"):
         return Study(recipes.load(recipe.run, config, overrides or ()), folder)
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(" ".join(str(error).split()), param_hint="CONFIG") from None
 
 
 def _method(name: str) -> None:
     from jaxlab.eaglet.study import METHODS
 
-    _check("--method", name, tuple(METHODS))
-
-
-def _check(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise typer.BadParameter(f"expected one of {', '.join(choices)}, got {value!r}", param_hint=option)
-
-
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title, title_justify="left", box=None)
-    for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console().print(table)
+    check_choice("--method", name, tuple(METHODS))

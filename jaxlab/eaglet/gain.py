@@ -57,9 +57,8 @@ def capability_gain(
     better = arrays["r_with"] > arrays["r_without"]
     equal = (arrays["r_with"] == arrays["r_without"]) & (arrays["r_with"] > 0)
     saved = arrays["n_without"].astype(dtype) - arrays["m_with"].astype(dtype)
-    with np.errstate(
-        over="ignore"
-    ):  # a factor beyond the largest float is infinite; where the plan is no gain, it is 0
+    # A factor beyond the largest float is infinite; where the plan is no gain, it is 0.
+    with np.errstate(over="ignore"):
         factor = xp.exp(saved * np.log1p(alpha).astype(dtype))
     if max_decay is not None:
         factor = xp.minimum(factor, xp.asarray(max_decay, dtype))

@@ -1,6 +1,5 @@
 """Executors with and without a planner: plans from solutions, the filter, the cold start, reinforcement by gain."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,13 @@ def run(config: StudyConfig) -> core.Report:
 
     Needs nothing but a CPU. With a folder, a run goes on where it was killed.
     """
-    if config.folder is not None:
-        return _run(config, Path(config.folder))
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(config, Path(folder))
+    with core.kept_or_temporary(config.folder) as folder:
+        return _run(config, folder)
 
 
 def _run(config: StudyConfig, folder: Path) -> core.Report:
+    import jax
+
     study = Study(config, folder)
     report, faulty = study.filtered(), faults(study)
     rows: dict[str, list[tuple[Any, ...]]] = {}
@@ -50,8 +49,7 @@ def _run(config: StudyConfig, folder: Path) -> core.Report:
             rows[split].append(summary(study, method, split, reports, baseline))
             for name, found in reports.items():
                 gains[method, split, name] = compare(found, baseline[name]).success
-    start = study.start()
-    parameters = sum(leaf.size for leaf in _leaves(start.params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(study.start().params))
     last = config.methods[-2] if config.methods[-1] == "gold" and len(config.methods) > 1 else config.methods[-1]
     told = {name: gains[last, "seen", name].mean for name in study.executors}
     return core.Report(
@@ -149,9 +147,3 @@ def _curve(folder: Path) -> tuple[tuple[str, Any], ...]:
     axes.set_xlabel("update")
     axes.set_ylabel("mean R_final of plans drawn")
     return (("Reinforcement", drawn),)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(tree)

@@ -1,7 +1,6 @@
 """A small language model trained on real text; `plan` compiles the same training step for many GPUs."""
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,8 @@ def run(config: FoundationConfig) -> core.Report:
 
     Needs nothing but a CPU: the text is the Python standard library's own source (`config.data`).
     """
-    if config.folder is not None:
-        return _run(config, Path(config.folder))
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(config, Path(folder))
+    with core.kept_or_temporary(config.folder) as folder:
+        return _run(config, folder)
 
 
 def _run(config: FoundationConfig, folder: Path) -> core.Report:

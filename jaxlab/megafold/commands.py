@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxlab.terminal import print_table, usage
+
 app = typer.Typer(rich_markup_mode="rich")
 
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=value", help="Values over the YAML file's.")]
@@ -59,10 +61,8 @@ def train(
     from jaxlab import recipes
     from jaxlab.megafold import recipe
 
-    try:
+    with usage("CONFIG"):
         settings = recipes.load(recipe.run, config, overrides or ())
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(" ".join(str(error).split()), param_hint="CONFIG") from None
     report = recipe.run(dataclasses.replace(settings, folder=str(folder)))
     path = report.save(folder)
     told = report.metrics
@@ -128,17 +128,7 @@ def bench(
         study = Study(settings, folder)
         found = rates(study.feed, lambda _: time.sleep(step_s), steps)
     rows: list[tuple[Any, ...]] = [(way, f"{rate:.2f}") for way, rate in found.items()]
-    _table(f"iterations/s, a step of {1e3 * step_s:.0f} ms (slept){', made-up data' * study.synthetic}", (), rows)
+    print_table(f"iterations/s, a step of {1e3 * step_s:.0f} ms (slept){', made-up data' * study.synthetic}", (), rows)
     rows = [(name, *(f"{value:.1f}" for value in values)) for name, *values in timing.compared(AF3Config.af3(), tokens)]
     columns = ("", "ms", "MiB", "plain JAX, ms", "MiB")
-    _table(f"forward and backward, {tokens} tokens, f32, AlphaFold3's widths; temporaries", columns, rows)
-
-
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*(columns or ("", "")), title=title, title_justify="left", box=None, show_header=bool(columns))
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    print_table(f"forward and backward, {tokens} tokens, f32, AlphaFold3's widths; temporaries", columns, rows)

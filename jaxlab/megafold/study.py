@@ -234,12 +234,7 @@ def load_weights(folder: str | os.PathLike) -> tuple[AF3Config, PyTree]:
 @contextlib.contextmanager
 def opened(config: StudyConfig) -> Iterator[Study]:
     """A study in the config's folder, or in one that is gone afterwards."""
-    import tempfile
-
-    if config.folder is not None:
-        yield Study(config, config.folder)
-        return
-    with tempfile.TemporaryDirectory() as folder:
+    with core.kept_or_temporary(config.folder) as folder:
         yield Study(config, folder)
 
 

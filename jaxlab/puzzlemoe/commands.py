@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxlab.terminal import usage
+
 app = typer.Typer(rich_markup_mode="rich")
 
 _Folder = Annotated[Path, typer.Argument(help="A folder that `compress` wrote.")]
@@ -135,7 +137,7 @@ def fits(
 
     names, phases = models or list(serving.MODELS), phase or list(serving.PHASES)
     ratios = [0.0, 0.5] if ratio is None else ratio
-    try:
+    with usage():
         check_name("gpu", gpu, tuple(plan.GPUS))
         for each in phases:
             check_name("phase", each, serving.PHASES)
@@ -145,8 +147,6 @@ def fits(
             moe = DecoderConfig.from_hf(serving.hf_config(name)).moe
             if moe is not None and share:
                 num_pairs(moe.num_experts, share)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     found = []
     for name, share, each in itertools.product(names, ratios, phases):
         sizes = {"batch": batch, "context": context, "search_context": context if most else None}

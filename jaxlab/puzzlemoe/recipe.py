@@ -1,7 +1,6 @@
 """A mixture of experts trained, compressed in every way, and run from its packed words."""
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,10 +109,8 @@ def run(config: StudyConfig) -> core.Report:
 
     Needs nothing but a CPU: the model is trained here, on the Python standard library's own source.
     """
-    if config.folder is not None:
-        return _run(config, Path(config.folder))
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(config, Path(folder))
+    with core.kept_or_temporary(config.folder) as folder:
+        return _run(config, folder)
 
 
 def _run(config: StudyConfig, folder: Path) -> core.Report:

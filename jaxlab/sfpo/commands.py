@@ -1,11 +1,12 @@
 """`jaxlab sfpo train|eval|compare`; nothing heavy is imported before they run."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from jaxlab.terminal import print_table, usage
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -40,7 +41,7 @@ def train(
     from jaxlab.sfpo.study import Study
 
     if (given := _language_model(config, overrides or (), seed)) is not None:
-        with _usage("CONFIG"):
+        with usage("CONFIG"):
             trainer = language_model.trainer(given, method, folder=folder)
         trainer.train()
         typer.echo(_told(folder, method, trainer.export(folder / "model")))
@@ -70,7 +71,7 @@ def evaluate(
     from jaxlab.models import load_pretrained, load_tokenizer
     from jaxlab.sfpo import accuracy, families
 
-    with _usage("--family, --problems"):
+    with usage("--family, --problems"):
         _, rows = families.problems(family, 1, problems)
     (network, params), tokenizer = load_pretrained(model), load_tokenizer(model)
     found = accuracy.measure(network, params, accuracy.answers(rows, tokenizer))
@@ -112,7 +113,7 @@ def compare(
     report = recipe.run(settings)
     path = report.save(folder)
     for title, columns, rows in report.tables:
-        _table(title, columns, rows)
+        print_table(title, columns, rows)
     typer.echo(f"report: {path}")
 
 
@@ -125,7 +126,7 @@ def _language_model(config: str, overrides: Sequence[str], seed: int) -> Any:
     from jaxlab import core
     from jaxlab.sfpo.language_model import LanguageModelConfig
 
-    with _usage("CONFIG"):
+    with usage("CONFIG"):
         path = core.find_config(config)
         content = yaml.safe_load(path.read_text())
         if not isinstance(content, dict) or "source" not in content:
@@ -155,24 +156,5 @@ def _load(config: str, overrides: Sequence[str], **changes: Any) -> Any:
     from jaxlab import recipes
     from jaxlab.sfpo import recipe
 
-    with _usage("CONFIG"):
+    with usage("CONFIG"):
         return dataclasses.replace(recipes.load(recipe.run, config, overrides), **changes)
-
-
-@contextlib.contextmanager
-def _usage(what: str) -> Iterator[None]:
-    """Turns complaints about what was asked for into a usage error."""
-    try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise typer.BadParameter(" ".join(str(error).split()), param_hint=what) from None
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title, title_justify="left", box=None)
-    for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console().print(table)

@@ -1,6 +1,5 @@
 """A small decoder that is right now and then, made better by rewards alone: GRPO, SFPO and others, seed by seed."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,8 @@ def run(config: StudyConfig) -> core.Report:
 
     Needs nothing but a CPU. A run with a folder goes on where it was killed.
     """
-    if config.folder is not None:
-        return _run(config, Path(config.folder))
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(config, Path(folder))
+    with core.kept_or_temporary(config.folder) as folder:
+        return _run(config, folder)
 
 
 def _run(config: StudyConfig, folder: Path) -> core.Report:

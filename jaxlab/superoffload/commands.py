@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxlab.terminal import usage
+
 app = typer.Typer(rich_markup_mode="rich")
 
 _Model = Annotated[str, typer.Argument(help="1B, 3.5B, 5B, 10B, 13B, 15B, 20B, 25B or 50B; or LAYERSxHIDDEN.")]
@@ -50,13 +52,12 @@ def plan(
     from jaxlab.superoffload import CapacityError, plan_offload
 
     where, shape = _known(machine, model, batch, length)
-    try:
-        made = plan_offload(shape, where, method=method, undo=undo, n_devices=devices)
-    except CapacityError as error:
-        typer.echo(str(error))
-        raise typer.Exit(1) from None
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    with usage():
+        try:
+            made = plan_offload(shape, where, method=method, undo=undo, n_devices=devices)
+        except CapacityError as error:
+            typer.echo(str(error))
+            raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(made), indent=1))
         return
@@ -94,12 +95,10 @@ def simulate(
     for name in without or ():
         if name not in known:
             raise typer.BadParameter(f"--without: expected one of {', '.join(known)}, got {name!r}")
-    try:
+    with usage():
         off: dict[str, Any] = dict.fromkeys(without or (), False)
         schedule = run(shape, where, method=method, **off)
         chart = schedule.to_json() if as_json else schedule.to_ascii(width)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     if picture is not None:
         schedule.figure().savefig(picture, dpi=120, bbox_inches="tight")
     typer.echo(chart)
@@ -110,7 +109,7 @@ def _known(machine: str, model: str, batch: int, length: int) -> tuple[Any, Any]
     from jaxlab.superoffload.recipe import SIZES
 
     layers, cross, hidden = model.partition("x")
-    try:
+    with usage():
         if cross and layers.isdigit() and hidden.isdigit():
             size = int(layers), int(hidden)
         elif model in SIZES:
@@ -118,5 +117,3 @@ def _known(machine: str, model: str, batch: int, length: int) -> tuple[Any, Any]
         else:
             raise ValueError(f"MODEL: expected one of {', '.join(SIZES)}, or LAYERSxHIDDEN, got {model!r}")
         return get_machine(machine), ModelShape(*size, batch, length)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None

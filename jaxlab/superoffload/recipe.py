@@ -1,7 +1,6 @@
 """A decoder trained with Adam on the host, speculatively and synchronously, to the same bits; and what that is for."""
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +74,8 @@ def run(config: StudyConfig) -> core.Report:
 
     Needs nothing but a CPU, which plays both parts; sleeps stand for the link between them.
     """
-    if config.folder is not None:
-        return _run(config, Path(config.folder))
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(config, Path(folder))
+    with core.kept_or_temporary(config.folder) as folder:
+        return _run(config, folder)
 
 
 def _run(config: StudyConfig, folder: Path) -> core.Report:

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from jaxlab.terminal import usage
+
 app = typer.Typer(rich_markup_mode="rich")
 
 
@@ -29,15 +31,13 @@ def trainable(
 
     from jaxlab.xmoe import trainable as planning
 
-    try:
+    with usage():
         sizes = [planning.known_size(name) for name in size or planning.SIZES]
         systems = [planning.known_system(name) for name in dispatch or ("rbd", "padded")]
         counts = devices or [1024]
         for count in counts:
             planning.layout(systems[0], 1, count, 1)
         planning.usable(gpu)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     found = []
     for outcome in planning.survey(sizes, systems, counts, gpu=gpu, remat=remat):
         layers = planning.most_layers(outcome, gpu=gpu) if most else None
@@ -71,7 +71,7 @@ def volume(
 
     from jaxlab.xmoe import MoEConfig, Topology, dispatch_volume, redundancy_rate, uniform_redundancy_rate
 
-    try:
+    with usage():
         cfg = MoEConfig(
             num_experts=experts,
             top_k=top_k,
@@ -85,8 +85,6 @@ def volume(
         draws = np.random.default_rng(seed).random((devices, tokens, experts), np.float32)
         choices = np.argpartition(draws, top_k - 1, axis=-1)[..., :top_k]
         moved = dispatch_volume(choices, cfg, topology)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     measured = redundancy_rate(choices, num_experts=experts, num_nodes=topology.num_nodes)
     expected = uniform_redundancy_rate(experts, top_k, topology.num_nodes)
     if as_json:

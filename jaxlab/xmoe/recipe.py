@@ -2,7 +2,6 @@
 
 import dataclasses
 import operator
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +58,8 @@ def run(config: XMoEConfig) -> core.Report:
     Needs nothing but a CPU. A model without experts is trained, and that is all. With eight devices or more (forced CPU
     devices will do) the layer runs expert-parallel, too; with fewer its exchanges are counted from their plans.
     """
-    if config.folder is not None:
-        return _run(config, Path(config.folder))
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(config, Path(folder))
+    with core.kept_or_temporary(config.folder) as folder:
+        return _run(config, folder)
 
 
 def _run(config: XMoEConfig, folder: Path) -> core.Report:

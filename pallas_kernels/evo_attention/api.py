@@ -8,22 +8,12 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.evo_attention import reference, triton, triton_backward, xla
 from pallas_kernels.evo_attention.reference import Options
 
-_FORWARD = {
-    "reference": reference.forward,
-    "xla": xla.forward,
-    "triton": triton.forward,
-    "interpret": functools.partial(triton.forward, interpret=True),
-}
-_BACKWARD = {
-    "reference": reference.backward,
-    "xla": xla.backward,
-    "triton": triton_backward.backward,
-    "interpret": functools.partial(triton_backward.backward, interpret=True),
-}
+_FORWARD = implementations(reference.forward, xla.forward, triton.forward)
+_BACKWARD = implementations(reference.backward, xla.backward, triton_backward.backward)
 
 
 def evo_attention(

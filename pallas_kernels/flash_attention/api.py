@@ -6,21 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.flash_attention import reference, triton, triton_backward, xla
 
-_FORWARD = {
-    "reference": reference.forward,
-    "xla": xla.forward,
-    "triton": triton.forward,
-    "interpret": functools.partial(triton.forward, interpret=True),
-}
-_BACKWARD = {
-    "reference": reference.backward,
-    "xla": xla.backward,
-    "triton": triton_backward.backward,
-    "interpret": functools.partial(triton_backward.backward, interpret=True),
-}
+_FORWARD = implementations(reference.forward, xla.forward, triton.forward)
+_BACKWARD = implementations(reference.backward, xla.backward, triton_backward.backward)
 
 
 def flash_attention(

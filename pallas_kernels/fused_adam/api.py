@@ -1,6 +1,5 @@
 """The public step: checks, scalars, choice of implementation."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,18 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.fused_adam import reference, triton, xla
 from pallas_kernels.fused_adam.coefficients import check_hyper, coefficients, runtime_zero
 
 AnyArray = Array | np.ndarray
 _OP = "fused_adam"
-_TABLE = {
-    "reference": reference.step,
-    "xla": xla.step,
-    "triton": triton.step,
-    "interpret": functools.partial(triton.step, interpret=True),
-}
+_TABLE = implementations(reference.step, xla.step, triton.step)
 _CASTS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 

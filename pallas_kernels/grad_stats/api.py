@@ -1,22 +1,15 @@
 """The public statistics: checks and choice of implementation."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations
 from pallas_kernels.grad_stats import reference, triton, xla
 
 AnyArray = Array | np.ndarray
 _OP = "grad_stats"
-_TABLE = {
-    "reference": reference.stats,
-    "xla": xla.stats,
-    "triton": triton.stats,
-    "interpret": functools.partial(triton.stats, interpret=True),
-}
+_TABLE = implementations(reference.stats, xla.stats, triton.stats)
 
 
 def grad_stats(

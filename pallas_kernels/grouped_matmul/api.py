@@ -8,24 +8,19 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, Integer
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.grouped_matmul import gating, ragged_dot, reference, triton, xla
 
 _OP = "grouped_matmul"
-_FORWARD = {
-    "reference": reference.rows_times_weights,
-    "xla": xla.rows_times_weights,
-    "triton": triton.rows_times_weights,
-    "interpret": functools.partial(triton.rows_times_weights, interpret=True),
-    "ragged_dot": ragged_dot.rows_times_weights,
-}
-_GRADIENT = {
-    "reference": reference.weights_gradient,
-    "xla": xla.weights_gradient,
-    "triton": triton.weights_gradient,
-    "interpret": functools.partial(triton.weights_gradient, interpret=True),
-    "ragged_dot": ragged_dot.weights_gradient,
-}
+_FORWARD = implementations(
+    reference.rows_times_weights,
+    xla.rows_times_weights,
+    triton.rows_times_weights,
+    ragged_dot=ragged_dot.rows_times_weights,
+)
+_GRADIENT = implementations(
+    reference.weights_gradient, xla.weights_gradient, triton.weights_gradient, ragged_dot=ragged_dot.weights_gradient
+)
 _COMPOSED = {name: gating.Composed(_FORWARD[name], _GRADIENT[name]) for name in ("reference", "ragged_dot")}
 _GATED = {
     "reference": _COMPOSED["reference"].gated,

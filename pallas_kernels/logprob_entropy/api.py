@@ -8,23 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.logprob_entropy import reference, triton, xla
 
 AnyArray = Array | np.ndarray
 _OP = "logprob_entropy"
-_FORWARD = {
-    "reference": reference.forward,
-    "xla": xla.forward,
-    "triton": triton.forward,
-    "interpret": functools.partial(triton.forward, interpret=True),
-}
-_BACKWARD = {
-    "reference": reference.backward,
-    "xla": xla.backward,
-    "triton": triton.backward,
-    "interpret": functools.partial(triton.backward, interpret=True),
-}
+_FORWARD = implementations(reference.forward, xla.forward, triton.forward)
+_BACKWARD = implementations(reference.backward, xla.backward, triton.backward)
 
 
 class LogprobEntropy(NamedTuple):

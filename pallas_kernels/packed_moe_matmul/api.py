@@ -7,19 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, UInt8, UInt16
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.grouped_matmul.gating import ACTIVATIONS, activate
 from pallas_kernels.packed_moe_matmul import reference, triton, xla
 from pallas_kernels.packed_moe_matmul.bits import AnyArray, Slots, check_members, check_words, is_concrete
 from pallas_kernels.packed_moe_matmul.codes import BITS, check_codes, check_groups
 
 _OP = "packed_moe_matmul"
-_TABLE = {
-    "reference": reference.rows_times_experts,
-    "xla": xla.rows_times_experts,
-    "triton": triton.rows_times_experts,
-    "interpret": functools.partial(triton.rows_times_experts, interpret=True),
-}
+_TABLE = implementations(reference.rows_times_experts, xla.rows_times_experts, triton.rows_times_experts)
 
 
 def packed_moe_matmul(

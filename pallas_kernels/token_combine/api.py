@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.token_combine import reference, triton, xla
 from pallas_kernels.token_gather import checks
 from pallas_kernels.token_gather import reference as gather_reference
@@ -14,24 +14,9 @@ from pallas_kernels.token_gather import triton as gather_triton
 from pallas_kernels.token_gather import xla as gather_xla
 
 _OP = "token_combine"
-_FORWARD = {
-    "reference": gather_reference.sum_choices,
-    "xla": gather_xla.sum_choices,
-    "triton": gather_triton.sum_choices,
-    "interpret": functools.partial(gather_triton.sum_choices, interpret=True),
-}
-_ROWS_GRADIENT = {
-    "reference": gather_reference.gather,
-    "xla": gather_xla.gather,
-    "triton": gather_triton.gather,
-    "interpret": functools.partial(gather_triton.gather, interpret=True),
-}
-_WEIGHTS_GRADIENT = {
-    "reference": reference.row_dots,
-    "xla": xla.row_dots,
-    "triton": triton.row_dots,
-    "interpret": functools.partial(triton.row_dots, interpret=True),
-}
+_FORWARD = implementations(gather_reference.sum_choices, gather_xla.sum_choices, gather_triton.sum_choices)
+_ROWS_GRADIENT = implementations(gather_reference.gather, gather_xla.gather, gather_triton.gather)
+_WEIGHTS_GRADIENT = implementations(reference.row_dots, xla.row_dots, triton.row_dots)
 
 
 def token_combine(

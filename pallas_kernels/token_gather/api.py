@@ -6,22 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.token_gather import checks, reference, triton, xla
 
 _OP = "token_gather"
-_FORWARD = {
-    "reference": reference.gather,
-    "xla": xla.gather,
-    "triton": triton.gather,
-    "interpret": functools.partial(triton.gather, interpret=True),
-}
-_GRADIENT = {
-    "reference": reference.sum_choices,
-    "xla": xla.sum_choices,
-    "triton": triton.sum_choices,
-    "interpret": functools.partial(triton.sum_choices, interpret=True),
-}
+_FORWARD = implementations(reference.gather, xla.gather, triton.gather)
+_GRADIENT = implementations(reference.sum_choices, xla.sum_choices, triton.sum_choices)
 
 
 def token_gather(

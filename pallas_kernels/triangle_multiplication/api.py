@@ -6,23 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.triangle_multiplication import reference, triton, triton_backward, xla
 from pallas_kernels.triangle_multiplication.reference import Affine, Weights
 
 _OP = "triangle_multiplication"
-_FORWARD = {
-    "reference": reference.forward,
-    "xla": xla.forward,
-    "triton": triton.forward,
-    "interpret": functools.partial(triton.forward, interpret=True),
-}
-_BACKWARD = {
-    "reference": reference.backward,
-    "xla": xla.backward,
-    "triton": triton_backward.backward,
-    "interpret": functools.partial(triton_backward.backward, interpret=True),
-}
+_FORWARD = implementations(reference.forward, xla.forward, triton.forward)
+_BACKWARD = implementations(reference.backward, xla.backward, triton_backward.backward)
 _DIRECTIONS = ("outgoing", "incoming")
 
 

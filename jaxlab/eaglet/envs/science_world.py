@@ -7,6 +7,7 @@ action is three short calls, and more is asked for only where `observe` names it
 import itertools
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ class ScienceWorldEnv(TextEnv):
             self._simulator.close()
             try:
                 process.wait(timeout=5)
-            except Exception:
+            except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             self._simulator = self._server = None

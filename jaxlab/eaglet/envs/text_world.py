@@ -106,10 +106,14 @@ class TextWorldEnv(TextEnv):
         self._state = self._game.reset()
         return _clean(self._state.description)
 
+    def _place(self) -> Path:
+        if self._folder is not None:
+            return self._folder
+        self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="jaxlab-textworld-")
+        return Path(self._temporary.name)
+
     def _file(self, task: Task) -> Path:
-        if self._folder is None:
-            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="jaxlab-textworld-")
-        path = (self._folder or Path(self._temporary.name)) / f"{task.id}.z8"  # type: ignore[union-attr]
+        path = self._place() / f"{task.id}.z8"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             options = self._options(dict(task.data))
