@@ -41,10 +41,12 @@ ABLATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"GRPO, rate x {times}": ("grpo", (f"rl.learning_rate={times}e-4",)) for times in (2, 5, 8)},
 }
 """Label -> method, and what is different from the shared settings."""
+FEW = ("rl.prompts_per_step=16", "rl.mini_batch_size=32")
+"""A quarter of the prompts in as many updates: where reuse was seen not to pay."""
 
 
 def items() -> Iterator[Item]:
-    """One row a family and method, and one an ablation."""
+    """One row a family and method, one for GRPO and SFPO with few prompts, and one an ablation."""
     from jaxlab import core
     from jaxlab.sfpo.families import FAMILIES as TOLD
     from jaxlab.sfpo.methods import METHODS
@@ -63,6 +65,18 @@ def items() -> Iterator[Item]:
                 run=lambda family=family, method=method: _row(METHODS[method].label, family, method),
                 seeds=SEEDS,
             )
+    few = _config(ABLATED, FEW)
+    for method in ("grpo", "sfpo"):
+        yield Item(
+            name=f"few prompts, {method}",
+            table=(
+                f"{TOLD[ABLATED].label.capitalize()}, few prompts: {len(ABLATION_SEEDS)} runs of {few.rl.steps} steps "
+                f"of {few.rl.prompts_per_step} x {few.rl.num_generations} completions, {_TARGET}"
+            ),
+            settings={"method": method, **core.to_dict(few)},
+            run=lambda method=method: _row(METHODS[method].label, ABLATED, method, (), ABLATION_SEEDS, FEW),
+            seeds=ABLATION_SEEDS,
+        )
     for label, (method, changes) in ABLATIONS.items():
         yield Item(
             name=f"ablation {label}",
@@ -122,18 +136,23 @@ def _finished(family: str, method: str) -> list[Any]:
 
 
 def _row(
-    label: str, family: str, method: str, changes: Sequence[str] = (), seeds: Sequence[int] = SEEDS
+    label: str,
+    family: str,
+    method: str,
+    changes: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    shared: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A method's summary, and what it needed against GRPO with the shared settings."""
+    """A method's summary, and what it needed against GRPO with the settings that both share."""
     from jaxlab import core
     from jaxlab.sfpo import recipe
     from jaxlab.sfpo.comparison import compare
     from jaxlab.sfpo.study import Study
 
-    base = _config(family)
+    base = _config(family, shared)
     study = Study(base, WORK)
     grpo = study.curves("grpo", seeds)
-    mine = Study(_config(family, changes), WORK)
+    mine = Study(_config(family, (*shared, *changes)), WORK)
     for seed in core.progress(seeds, f"{family}, {label}"):
         mine.run(method, seed)
     runs = mine.curves(method, seeds)

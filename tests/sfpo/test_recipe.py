@@ -71,7 +71,7 @@ def test_the_evidence_begins(folder, monkeypatch):
     from benchmarks.evidence import sfpo as evidence
 
     names = [item.name for item in evidence.items()]
-    assert len(set(names)) == len(names) == 3 * len(METHODS) + len(evidence.ABLATIONS)
+    assert len(set(names)) == len(names) == 3 * len(METHODS) + 2 + len(evidence.ABLATIONS)
     for family, changes in evidence.FAMILIES.items():
         longest = max(len(row["answer"]) for row in problems(family, 2000, 1)[0])
         assert f"rl.max_completion_length={longest + 1}" in changes
