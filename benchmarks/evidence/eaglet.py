@@ -7,13 +7,14 @@ cost 3.
 import atexit
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence import Item
+from benchmarks.evidence import FOLDER, Item
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "out" / "evidence" / "eaglet"
@@ -52,6 +53,8 @@ WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]]
 """Name -> title, what is different from the laptop's config, methods, seeds."""
 ALPHAS = (0.0, 0.01, 0.05, 0.1)
 WORLDS |= {f"alpha {alpha}": ("", (f"grpo.alpha={alpha}",), ("grpo",), (0,)) for alpha in ALPHAS}
+FAULTY = (0.1, 0.3, 0.5, 0.7)
+WORLDS |= {f"corruption {share}": ("", (f"corruption={share}",), (), SEEDS) for share in FAULTY}
 _SPLITS = ("seen", "unseen")
 
 
@@ -77,9 +80,18 @@ def items() -> Iterator[Item]:
                 name=f"{world}, filter",
                 table="The consensus filter, against the faults that were put into plans (measured)",
                 settings=core.to_dict(_config(changes, 0)),
-                run=lambda world=world: _filter(world),
+                run=lambda world=world, title=title: {"world": title, **_filter(world)},
                 seeds=seeds,
             )
+    for share in FAULTY:
+        _, changes, _, seeds = WORLDS[f"corruption {share}"]
+        yield Item(
+            name=f"corruption {share}",
+            table="The consensus filter by the share of plans with a fault, grid world, scripted executors (measured)",
+            settings=core.to_dict(_config(changes, 0)),
+            run=lambda share=share: _filter(f"corruption {share}"),
+            seeds=seeds,
+        )
     for alpha in ALPHAS:
         _, changes, _, seeds = WORLDS[f"alpha {alpha}"]
         yield Item(
@@ -97,6 +109,56 @@ def items() -> Iterator[Item]:
         settings={"parameters": _PARAMETERS, "tasks": 8, "group": 8, "every": _EVERY},
         run=_cost,
     )
+
+
+def pages() -> None:
+    """Draws the pictures of the system's page from the rows that are there."""
+    items = json.loads((FOLDER / "eaglet.json").read_text())["items"]
+    for split in _SPLITS:
+        rows = [item["row"] for name, item in items.items() if name.startswith(f"grid, {split}, ")]
+        if rows:
+            _drawn(rows).savefig(FOLDER / f"eaglet_grid_{split}.png", dpi=110, bbox_inches="tight")
+    rows = {share: items[name]["row"] for share in FAULTY if (name := f"corruption {share}") in items}
+    if rows:
+        _filtering(rows).savefig(FOLDER / "eaglet_filter.png", dpi=110, bbox_inches="tight")
+
+
+def _drawn(rows: Sequence[dict[str, Any]]) -> Any:
+    """Success of each executor, and steps of all, by where plans come from."""
+    from matplotlib.figure import Figure
+
+    from jaxlab.core.figures import COLOURS, GREY
+
+    drawn = Figure(figsize=(9.0, 1.2 + 0.42 * len(rows)), layout="constrained")
+    success, steps = drawn.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    places = np.arange(len(rows))
+    for offset, name, colour in zip((-0.27, 0.0, 0.27), ("expert", "novice", "other"), COLOURS):
+        success.barh(places + offset, [row[f"{name}: success"] for row in rows], 0.25, color=colour, label=name)
+    steps.barh(places, [row["steps"] for row in rows], 0.6, color=GREY)
+    success.set_yticks(places, [row["plans"] for row in rows])
+    success.invert_yaxis()
+    success.set_xlabel("success")
+    steps.set_xlabel("steps, mean of all three")
+    drawn.legend(*success.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
+    for axes in (success, steps):
+        axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def _filtering(rows: dict[float, dict[str, Any]]) -> Any:
+    """Precision and recall of the filter, and the faults it leaves, by the faults there were."""
+    from jaxlab.core.figures import BLUE, GREY, ORANGE, RED, figure
+
+    drawn, axes = figure(7.0, 3.2)
+    for name, colour in (("precision", BLUE), ("recall", ORANGE), ("faulty after", RED)):
+        before = [row["faulty before"] for row in rows.values()]
+        label = {"faulty after": "share with a fault, after"}.get(name, name)
+        axes.plot(before, [row[name] for row in rows.values()], "o-", color=colour, label=label)
+    axes.plot((0, 1), (0, 1), "--", color=GREY, linewidth=1.0, label="the same, before")
+    axes.set_xlabel("share of plans with a fault, before the filter")
+    axes.set_ylim(0, 1.05)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return drawn
 
 
 _TOLD = (
@@ -181,13 +243,13 @@ def _filter(world: str) -> dict[str, Any]:
         kept = [faulty[task.id] for task, _ in report.kept]
         noise = evaluation.false_gain_rate(study.where, study.executors["novice"], study.held_out["seen"])
         told = recipe.precision_recall(report, faulty)
-        rows.append((len(report.kept), len(report.table), np.mean(kept), *told.values(), noise))
-    kept, given, fault, precision, recall, noise = np.mean(rows, axis=0)
+        before = float(np.mean(list(faulty.values())))
+        rows.append((len(report.kept), len(report.table), before, np.mean(kept), *told.values(), noise))
+    kept, given, before, fault, precision, recall, noise = np.mean(rows, axis=0)
     return {
-        "world": WORLDS[world][0],
         "plans": round(given),
         "kept": round(kept),
-        "faulty before": float(np.mean(list(faulty.values()))),
+        "faulty before": before,
         "faulty after": fault,
         "precision": precision,
         "recall": recall,

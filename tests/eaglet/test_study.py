@@ -124,14 +124,20 @@ def test_the_evidence_begins(tmp_path, monkeypatch):
     from benchmarks.evidence import eaglet as evidence
 
     names = [item.name for item in evidence.items()]
-    assert len(set(names)) == len(names) == 2 * (11 + 7 + 7 + 3) + 3 + len(evidence.ALPHAS) + 1
+    assert len(set(names)) == len(names) == 2 * (11 + 7 + 7 + 3) + 3 + len(evidence.FAULTY) + len(evidence.ALPHAS) + 1
     monkeypatch.setattr(evidence, "WORK", tmp_path)
     monkeypatch.setattr(evidence, "WORLDS", {"grid": ("", CHANGES, ("none", "gold"), (0, 1))})
     rows = [evidence._row("grid", "seen", method) for method in ("none", "gold")]
     assert (rows[0]["plans"], rows[0]["R_final"], rows[0]["novice: gain"]) == ("no plan", None, "")
     assert rows[1]["novice: gain"].startswith("+")
     assert rows[1]["R_final"] > 2
-    assert 0 <= evidence._filter("grid")["faulty after"] <= 1
+    told = evidence._filter("grid")
+    assert 0 <= told["faulty after"] <= 1
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    made = {f"grid, seen, {row['plans']}": {"row": row} for row in rows} | {"corruption 0.5": {"row": told}}
+    (tmp_path / "eaglet.json").write_text(json.dumps({"items": made}))
+    evidence.pages()
+    assert all((tmp_path / f"eaglet_{name}.png").stat().st_size for name in ("grid_seen", "filter"))
 
 
 def test_tasks_of_all_types_come_in_turn():
