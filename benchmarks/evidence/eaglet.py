@@ -245,7 +245,8 @@ def _filter(world: str) -> dict[str, Any]:
         told = recipe.precision_recall(report, faulty)
         before = float(np.mean(list(faulty.values())))
         rows.append((len(report.kept), len(report.table), before, np.mean(kept), *told.values(), noise))
-    kept, given, before, fault, precision, recall, noise = np.mean(rows, axis=0)
+    # A seed in which nothing was dropped has no precision.
+    kept, given, before, fault, precision, recall, noise = np.nanmean(rows, axis=0)
     return {
         "plans": round(given),
         "kept": round(kept),
