@@ -123,7 +123,8 @@ def bench(
     from jaxlab.megafold.config import AF3Config
     from jaxlab.megafold.study import Study, rates
 
-    settings = recipes.load(recipe.run, config)
+    with usage("CONFIG"):
+        settings = recipes.load(recipe.run, config)
     with tempfile.TemporaryDirectory() as folder:
         study = Study(settings, folder)
         found = rates(study.feed, lambda _: time.sleep(step_s), steps)

@@ -12,6 +12,9 @@ from jaxlab.eaglet.study import METHODS, Study, StudyConfig
 from jaxlab.eaglet.worlds import NAMES, WorldConfig
 from tests.eaglet.toys import EchoEnv
 
+# Whichever test asks for the study first trains it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no update is made")
+
 CONFIG = "configs/eaglet/laptop.yaml"
 CHANGES = (
     "world.options={size: 4, n_tasks: 8}",
@@ -40,7 +43,6 @@ def report(folder):
     return recipe.run(config(f"folder={folder}"))
 
 
-@pytest.mark.filterwarnings("ignore:.*no update is made")
 def test_the_recipe(report, folder):
     assert [title[:25] for title, *_ in report.tables] == ["Tasks held out, seen: 4 x", "Tasks held out, unseen: 4"]
     rows = {row[0]: dict(zip(recipe.COLUMNS, row)) for row in report.tables[0][2]}
