@@ -1,7 +1,8 @@
 """Logits and gradients beside torch transformers, live: `make parity`, `python -m benchmarks.parity [FAMILY ...]`.
 
 Every family is a tiny random model made by transformers and saved by its own `save_pretrained`; ours reads that folder.
-The last rows are SmolLM2-135M from the same GGUF file in both. Exits with 1 when a bound is passed.
+The last rows are Qwen2.5-VL with images, and SmolLM2-135M from the same GGUF file in both. Exits with 1 when a bound
+is passed.
 
 `--goldens FOLDER` writes what `tests/models` compares with where torch is absent: the stored weights (rounded to
 float16, so that the file stays small and exact), tokens, torch's logits and gradients.
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from benchmarks import vlm_parity
 
 SIZES = {
     "vocab_size": 40,
@@ -406,6 +409,14 @@ def rows(names: list[str]) -> Iterator[tuple[str, str, float, float]]:
     from jaxlab.models import load_tokenizer
 
     for name in names:
+        if name == vlm_parity.NAME:
+            made = vlm_parity.torch_pass()
+            with tempfile.TemporaryDirectory() as folder:
+                for what, difference in vlm_parity.differences(made, Path(folder)).items():
+                    yield name, what, difference, vlm_parity.BOUND
+                saved = vlm_parity.saved_difference(made, Path(folder))
+            yield name, "logits, saved by jaxlab", saved, vlm_parity.BOUND
+            continue
         if name == "SmolLM2-135M":
             ids, logits = smollm2_torch()
             yield name, "logits, GGUF Q4_1", float(np.max(np.abs(smollm2_ours(ids) - logits))), SMOLLM2_BOUND
@@ -422,7 +433,9 @@ def rows(names: list[str]) -> Iterator[tuple[str, str, float, float]]:
 def write_goldens(folder: Path, names: list[str]) -> None:
     """One npz a family; see `tests/models/test_parity.py`."""
     for name in names:
-        if name == "SmolLM2-135M":
+        if name == vlm_parity.NAME:
+            content = vlm_parity.content(vlm_parity.torch_pass())
+        elif name == "SmolLM2-135M":
             ids, logits = smollm2_torch()
             content = {"ids": ids, "last": logits[0, -1, :2048], "best": logits[0].argmax(-1), "top": logits[0].max(-1)}
         else:
@@ -436,7 +449,7 @@ def write_goldens(folder: Path, names: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns 1 when something differs by more than its bound."""
-    known = [*PEERS, "SmolLM2-135M"]
+    known = [*PEERS, vlm_parity.NAME, "SmolLM2-135M"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
     parser.add_argument("family", nargs="*", help=f"of {', '.join(known)}; default all")
     parser.add_argument("--goldens", type=Path, help="write golden files into this folder instead")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxlab.inference.layout import decode_params
     from jaxlab.inference.params import SamplingArrays, SamplingParams
     from jaxlab.inference.sampling import sample
+    from jaxlab.inference.shared_prefix import SharedPrefixCache
     from jaxlab.inference.steps import decode_step, prefill
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Piece",
     "SamplingArrays",
     "SamplingParams",
+    "SharedPrefixCache",
     "TokenLogprob",
     "decode_params",
     "decode_step",
@@ -55,6 +57,7 @@ __getattr__, __dir__ = lazy.attach(
         "layout": ("decode_params",),
         "params": ("SamplingArrays", "SamplingParams"),
         "sampling": ("sample",),
+        "shared_prefix": ("SharedPrefixCache",),
         "steps": ("decode_step", "prefill"),
     },
 )

@@ -19,6 +19,7 @@ from jaxlab.core.mesh import DEFAULT_RULES, shardings
 from jaxlab.inference.layout import decode_params, is_decode_form
 from jaxlab.inference.params import SamplingArrays, SamplingParams
 from jaxlab.inference.sampling import sample
+from jaxlab.inference.shared_prefix import SharedPrefixCache
 from jaxlab.inference.steps import next_logits, prefill
 from jaxlab.models.decoder import KVCache
 from jaxlab.models.decoder.model import abstract_params
@@ -45,7 +46,11 @@ class _State:
 
 @struct.dataclass
 class _Rows:
-    """What stays the same through a batch. `index` is r of `fold_in(rng, r)`; rows that are not `real` fill up."""
+    """What stays the same through a batch; rows that are not `real` fill up.
+
+    A row's key is `fold_in(its key_data, its index)`. `rope_delta` is added to its positions; None where M-RoPE is not
+    used.
+    """
 
     prompt: Any
     real: Any
@@ -53,22 +58,62 @@ class _Rows:
     key_data: Any
     sampling: SamplingArrays
     stop_ids: Any
+    rope_delta: Any
     key_impl: Any = struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """What stands for a prompt's tokens: embeddings with images among them, and where they stand.
+
+    Attributes:
+        embeddings: `[T,D]`.
+        rope_positions: `[3,T]` M-RoPE positions.
+        rope_delta: what is added to a later token's index to give its position.
+    """
+
+    embeddings: Any
+    rope_positions: Any
+    rope_delta: int
 
 
 _STATIC = ("model", "processor", "replicated")
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "cache_length", "capacity", "repeat", "by_layer"))
+@functools.partial(
+    jax.jit, static_argnames=(*_STATIC, "cache_length", "suffix_length", "samples", "capacity", "by_layer")
+)
 def _start(
-    model, params, tokens, positions, rows, *, cache_length, capacity, repeat, by_layer, processor, replicated
+    model,
+    params,
+    tokens,
+    positions,
+    embeddings,
+    rope_positions,
+    rows,
+    *,
+    cache_length,
+    suffix_length,
+    samples,
+    capacity,
+    by_layer,
+    processor,
+    replicated,
 ) -> _State:
     """Prefills every prompt once, hands its cache to its rows, and draws their first tokens."""
     cache = KVCache.create(model.config, tokens.shape[0], cache_length)
-    logits, cache = prefill(model, params, cache, tokens, positions)
+    if rope_positions is not None:
+        rope_positions = rope_positions.swapaxes(0, 1)
+    logits, cache = prefill(
+        model, params, cache, tokens, positions, embeddings=embeddings, rope_positions=rope_positions
+    )
     last = jnp.max(positions, axis=1)
-    if repeat:
-        logits, cache, last = logits[rows.prompt], cache.take(rows.prompt), last[rows.prompt]
+    if samples > 1:
+        if suffix_length is None:
+            cache = cache.take(rows.prompt)
+        else:
+            cache = SharedPrefixCache.create(model.config, cache, last + 1, samples, suffix_length)
+        logits, last = logits[rows.prompt], last[rows.prompt]
     if by_layer:
         cache = cache.split()
     count = rows.index.shape[0]
@@ -93,7 +138,10 @@ def _continue(model, params, state, rows, until, stopped, *, processor, replicat
         return (state.step < until) & ~jnp.all(state.ended)
 
     def step(state):
-        logits, cache = next_logits(model, params, state.cache, state.ids, jnp.maximum(state.positions, 0))
+        positions, rope_positions = jnp.maximum(state.positions, 0), None
+        if rows.rope_delta is not None:
+            rope_positions = jnp.broadcast_to(positions + rows.rope_delta, (3, *positions.shape))[..., None]
+        logits, cache = next_logits(model, params, state.cache, state.ids, positions, rope_positions)
         return _drawn(dataclasses.replace(state, cache=cache), logits, rows, processor)
 
     state = dataclasses.replace(state, ended=state.ended | stopped)
@@ -105,7 +153,7 @@ def _drawn(state: _State, logits: Array, rows: _Rows, processor: LogitProcessor 
     if processor is not None:
         logits = processor(logits, state.tokens, state.lengths)
     rng = jax.random.wrap_key_data(rows.key_data, impl=rows.key_impl)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows.index)
+    row_keys = jax.vmap(jax.random.fold_in)(rng, rows.index)
     keys = jax.vmap(jax.random.fold_in)(row_keys, state.positions + 1)
     ids, logps = sample(logits, keys, rows.sampling)
     live = ~state.ended
@@ -133,7 +181,9 @@ def _readable(state: _State, replicated: NamedSharding | None) -> _State:
 class Batch:
     """Prompts and their rows, decoded by `run`; `tokens`, `logps`, `lengths` and `stopped` are the results so far.
 
-    Args are those of `generate`; everything is checked here.
+    Args are those of `generate`; everything is checked here. Beside `prompts` of ids may stand what they are `embedded`
+    as, one `Embedded` each. With `keys`, one of each prompt, a row draws with `fold_in(key of its prompt, its sample)`
+    in place of `fold_in(rng, row)`.
     """
 
     def __init__(
@@ -149,9 +199,11 @@ class Batch:
         mesh: Mesh | None = None,
         processor: LogitProcessor | None = None,
         prompt_length: int | None = None,
+        embedded: Sequence[Embedded] | None = None,
+        keys: Sequence[Array] | None = None,
     ):
         n = _sample_count(n)
-        if sampling.temperature > 0 and rng is None:
+        if sampling.temperature > 0 and rng is None and keys is None:
             raise ValueError(f"rng: expected a PRNG key at temperature {sampling.temperature:g}, got None")
         if sampling.stop and tokenizer is None:
             raise TypeError(f"tokenizer: expected one, to look for the stop strings {sampling.stop!r}, got None")
@@ -172,11 +224,19 @@ class Batch:
         longest = max(map(len, ids))
         if prompt_length is not None and prompt_length < longest:
             raise ValueError(f"prompt_length: expected at least the longest prompt's {longest}, got {prompt_length}")
-        self._arrays(ids, n, rng, sampling, prompt_length or longest)
+        self._arrays(ids, n, rng, sampling, prompt_length or longest, embedded, keys)
 
-    def _arrays(self, ids: list[np.ndarray], n: int, rng: Array | None, sampling: SamplingParams, longest: int) -> None:
+    def _arrays(
+        self,
+        ids: list[np.ndarray],
+        n: int,
+        rng: Array | None,
+        sampling: SamplingParams,
+        longest: int,
+        embedded: Sequence[Embedded] | None,
+        keys: Sequence[Array] | None,
+    ) -> None:
         spread = 1 if self._mesh is None else self._mesh.shape.get("data", 1) * self._mesh.shape.get("fsdp", 1)
-        rows = spread * _bucket(-(-self.count // spread))
         shape = (spread * _bucket(-(-len(ids) // spread)), _bucket(longest, 16))
         tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         for row, prompt in enumerate(ids):
@@ -184,24 +244,33 @@ class Batch:
             positions[row, : len(prompt)] = np.arange(len(prompt))
         stop_ids = np.full(_bucket(len(self.stop_ids), 4), -1, np.int32)
         stop_ids[: len(self.stop_ids)] = self.stop_ids
-        rng = jax.random.key(0) if rng is None else rng
-        typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
-        index = np.arange(rows, dtype=np.int32)
-        self._prompts = tokens, positions
+        index = np.arange(shape[0] * n, dtype=np.int32)
+        prompt = index // n
+        given = keys or [jax.random.key(0) if rng is None else rng]
+        typed = jnp.issubdtype(given[0].dtype, jax.dtypes.prng_key)
+        key_data = np.stack([np.asarray(jax.random.key_data(key) if typed else key) for key in given])
+        rope_delta = None
+        if embedded is not None:
+            rope_delta = np.array([own.rope_delta for own in embedded], np.int32)[np.minimum(prompt, len(ids) - 1)]
+        self._prompts = tokens, positions, *_padded(embedded, shape)
         self._rows = _Rows(
-            prompt=np.minimum(index // n, shape[0] - 1),
+            prompt=prompt,
             real=index < self.count,
-            index=index,
-            key_data=np.asarray(jax.random.key_data(rng) if typed else rng),
-            sampling=SamplingArrays.stack([sampling] * rows),
+            index=index if keys is None else index % n,
+            key_data=key_data[np.minimum(prompt, len(given) - 1)],
+            sampling=SamplingArrays.stack([sampling] * len(index)),
             stop_ids=stop_ids,
-            key_impl=str(jax.random.key_impl(rng)) if typed else None,
+            rope_delta=rope_delta,
+            key_impl=str(jax.random.key_impl(given[0])) if typed else None,
         )
         self._capacity = _bucket(self.steps, 16)
+        # Over a mesh XLA could not divide the kernel that reads a shared prefix.
+        shared = n > 1 and self._mesh is None and self._model.config.windows is None
         self._start_options = {
-            "cache_length": _bucket(longest + self.steps, 16),
+            "cache_length": shape[1] if shared else _bucket(longest + self.steps, 16),
+            "suffix_length": self._capacity if shared else None,
+            "samples": n,
             "capacity": self._capacity,
-            "repeat": n > 1,
         }
 
     def run(self, segment: int, stop_row: Callable[[np.ndarray, int], int | None] | None = None) -> Iterator[None]:
@@ -263,6 +332,7 @@ class Batch:
             prompt=jax.device_put(self._rows.prompt, place),
             real=jax.device_put(self._rows.real, place),
             index=jax.device_put(self._rows.index, place),
+            key_data=jax.device_put(self._rows.key_data, place),
             sampling=jax.device_put(self._rows.sampling, place),
         )
         return params, jax.device_put(self._prompts, by_row[0]), rows
@@ -271,6 +341,19 @@ class Batch:
 def _bucket(size: int, least: int = 1) -> int:
     """The power of two that holds `size`."""
     return 1 << (max(size, least) - 1).bit_length()
+
+
+def _padded(embedded: Sequence[Embedded] | None, shape: tuple[int, int]) -> tuple[Any, Any]:
+    """Embeddings `[P,T,D]` and M-RoPE positions `[P,3,T]` of all prompts, zeros where padded; None without."""
+    if embedded is None:
+        return None, None
+    first = embedded[0].embeddings
+    embeddings = np.zeros((*shape, first.shape[1]), first.dtype)
+    rope_positions = np.zeros((shape[0], 3, shape[1]), np.int32)
+    for row, own in enumerate(embedded):
+        length = own.embeddings.shape[0]
+        embeddings[row, :length], rope_positions[row, :, :length] = own.embeddings, own.rope_positions
+    return embeddings, rope_positions
 
 
 def _sample_count(n: int) -> int:

@@ -54,9 +54,9 @@ def generate(
 ) -> Generation:
     """Continues prompts.
 
-    Prompt, cache and batch sizes are rounded up to powers of two, so that in a known bucket new weights, prompts and
-    sampling values compile nothing. Row r draws with `fold_in(rng, r)`, and the token that comes to stand at position
-    p with `fold_in` of that by p: a row never depends on its batch mates.
+    Prompt and cache sizes and numbers of prompts are rounded up to powers of two, so that in a known bucket new
+    weights, prompts and sampling values compile nothing. Row r draws with `fold_in(rng, r)`, and the token that comes
+    to stand at position p with `fold_in` of that by p: a row never depends on its batch mates.
 
     Args:
         model: a `Decoder`.
@@ -64,7 +64,8 @@ def generate(
         prompts: texts (with a tokenizer), or lists of ids, of any lengths.
         sampling: for all rows. Stop strings are looked for in a row's decoded text; its tokens then end with the one
             that completes the string.
-        n: samples of each prompt, which is prefilled once.
+        n: samples of each prompt, which is prefilled, held and read once (`SharedPrefixCache`; with sliding windows or
+            a mesh, prefilled once).
         rng: PRNG key; None only at temperature 0.
         tokenizer: reads text prompts, gives `text`, and adds its `eos_token_id` to the stop ids.
         mesh: spreads rows over its "data" and "fsdp" axes, and parameters by `DEFAULT_RULES`.

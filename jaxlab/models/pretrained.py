@@ -1,7 +1,5 @@
 """Whole models to and from folders and files: `load_pretrained`, `save_pretrained`."""
 
-import dataclasses
-import difflib
 import importlib.metadata
 import json
 import os
@@ -18,9 +16,8 @@ from jax.sharding import Mesh
 
 from jaxlab.core.mesh import DEFAULT_RULES, shardings
 from jaxlab.models import load
-from jaxlab.models.decoder import Decoder, DecoderConfig, default_mlp
-from jaxlab.models.decoder.model import abstract_params
-from jaxlab.models.decoder.weights import decoder_table, ignorable
+from jaxlab.models.decoder import DecoderConfig, default_mlp
+from jaxlab.models.kinds import Kind, kind_of
 from jaxlab.models.sources import find_model
 
 LOADERS = "jaxlab.loaders"
@@ -51,7 +48,7 @@ def load_pretrained(
         **config_overrides: fields of `DecoderConfig` to replace ("remat", "max_position_embeddings", "rope", ...).
 
     Returns:
-        The model (a `Decoder`, or what the loader of a `jaxlab_format` makes) and its parameters:
+        The model (a `Decoder`, a `Qwen25VL`, or what the loader of a `jaxlab_format` makes) and its parameters:
         `model.apply({"params": params}, tokens)`.
 
     Raises:
@@ -72,10 +69,11 @@ def load_pretrained(
             loader = _loader(str(hf["jaxlab_format"]), path)
             return loader(path, dtype=dtype, mesh=mesh, rules=rules, mlp=mlp, **config_overrides)
         open_weights = lambda: load.open_tensors(path)  # noqa: E731
-    config = _override(DecoderConfig.from_hf(hf), {"dtype": dtype, "param_dtype": dtype, **config_overrides})
-    model = Decoder(config, mlp=mlp or default_mlp)
+    kind = kind_of(hf.get("model_type"))
+    config = kind.override(kind.read(hf), {"dtype": dtype, "param_dtype": dtype, **config_overrides})
+    model = kind.make(config, mlp or default_mlp)
     with open_weights() as tensors:
-        return model, _read(model, tensors, mesh, rules)
+        return model, _read(kind, model, tensors, mesh, rules)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -95,20 +93,11 @@ def _loader(name: str, folder: Path) -> Callable[..., tuple[Any, Any]]:
     return known[name].load()
 
 
-def _override(config: DecoderConfig, changes: Mapping[str, Any]) -> DecoderConfig:
-    known = [field.name for field in dataclasses.fields(config)]
-    for name in changes:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown configuration field {name!r}; the nearest is {near!r}")
-    return dataclasses.replace(config, **changes)
-
-
-def _read(model: Decoder, tensors: load.Tensors, mesh: Mesh | None, rules: Sequence[tuple[str, Any]]) -> Any:
+def _read(kind: Kind, model: Any, tensors: load.Tensors, mesh: Mesh | None, rules: Sequence[tuple[str, Any]]) -> Any:
     config = model.config
-    table = decoder_table(config, tensors)
-    load.check(tensors, table, lambda name: ignorable(config, name))
-    boxed = abstract_params(model)
+    table = kind.table(config, tensors)
+    load.check(tensors, table, lambda name: kind.ignorable(config, name))
+    boxed = kind.abstract_params(model)
     _compare(load.flatten(nn.meta.unbox(boxed)), table, f"{tensors.where}: the parameters of this mlp")
     places = load.flatten(shardings(boxed, mesh, rules)) if mesh is not None else {}
     filled = {leaf.path: load.fill(tensors, leaf, config.param_dtype, places.get(leaf.path)) for leaf in table}
@@ -132,7 +121,7 @@ def _compare(flat: Mapping[str, Any], table: Sequence[load.Leaf], what: str) -> 
 
 def save_pretrained(
     folder: str | os.PathLike[str],
-    model: Decoder,
+    model: Any,
     params: Any,
     *,
     tokenizer: Any = None,
@@ -159,7 +148,7 @@ def save_pretrained(
     folder = Path(folder)
     config = model.config
     hf = config.to_hf()
-    table = decoder_table(config)
+    table = kind_of(hf["model_type"]).table(config)
     flat = load.flatten(nn.meta.unbox(params))
     _compare(flat, table, "params")
     stored = jnp.dtype(dtype or config.param_dtype)
@@ -230,7 +219,8 @@ def _write_weights(
     for leaf in table:
         values = _on_host(flat[leaf.path])
         for part in leaf.parts if writes else ():
-            piece = np.ascontiguousarray(leaf.theirs(values[part.index]), jnp.dtype(dtype or values.dtype))
+            piece = leaf.theirs(values[part.index]).reshape(part.file_shape or leaf.stored)
+            piece = np.ascontiguousarray(piece, jnp.dtype(dtype or values.dtype))
             if pending and sum(value.nbytes for value in pending.values()) + piece.nbytes > limit:
                 flush()
             pending[part.name] = piece

@@ -100,12 +100,23 @@ class KVCache:
         window: int | None,
     ) -> tuple[Float[Array, "b t h d"], "KVCache"]:
         """Writes, then attends; see `Cache.attend`."""
-        slots = jnp.where(positions < 0, self.length, positions)  # past the end: dropped
-        all_k, keys = _write(self.k, layer, k, slots)
-        all_v, values = _write(self.v, layer, v, slots)
+        keys, values, cache = self.write(layer, k, v, positions)
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         attend = _attend_few if q.shape[1] <= _FEW else _attend_many
-        return attend(q, keys, values, positions, scale, window), KVCache(all_k, all_v)
+        return attend(q, keys, values, positions, scale, window), cache
+
+    def write(
+        self, layer: Any, k: Float[Array, "b t hkv d"], v: Float[Array, "b t hkv d"], slots: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b hkv s d"], Float[Array, "b hkv s d"], "KVCache"]:
+        """Puts k and v of `layer` into their slots, none where negative; gives that layer's keys and values."""
+        slots = jnp.where(slots < 0, self.length, slots)  # past the end: dropped
+        all_k, keys = _write(self.k, layer, k, slots)
+        all_v, values = _write(self.v, layer, v, slots)
+        return keys, values, KVCache(all_k, all_v)
+
+    def read(self, layer: Any) -> tuple[Float[Array, "b hkv s d"], Float[Array, "b hkv s d"]]:
+        """Keys and values of `layer`."""
+        return _layer(self.k, layer), _layer(self.v, layer)
 
 
 _FEW = 8  # up to this many queries a row, their logits over the whole cache are smaller than the cache
@@ -116,11 +127,18 @@ def _write(arrays: Any, layer: Any, new: Array, slots: Array) -> tuple[Any, Arra
     rows = jnp.arange(new.shape[0])[:, None]
     if not isinstance(arrays, tuple):
         arrays = arrays.at[layer, rows, :, slots].set(new.astype(arrays.dtype), mode="drop")
-        return arrays, jax.lax.dynamic_index_in_dim(arrays, layer, keepdims=False)
+        return arrays, _layer(arrays, layer)
+    own = _layer(arrays, layer)
+    own = own.at[rows, :, slots].set(new.astype(own.dtype), mode="drop")
+    return (*arrays[:layer], own, *arrays[layer + 1 :]), own
+
+
+def _layer(arrays: Any, layer: Any) -> Array:
+    if not isinstance(arrays, tuple):
+        return jax.lax.dynamic_index_in_dim(arrays, layer, keepdims=False)
     if not isinstance(layer, int):
         raise TypeError("a KVCache made with by_layer=True needs layers that are not scanned, got a traced layer")
-    own = arrays[layer].at[rows, :, slots].set(new.astype(arrays[layer].dtype), mode="drop")
-    return (*arrays[:layer], own, *arrays[layer + 1 :]), own
+    return arrays[layer]
 
 
 def _attend_few(q: Array, keys: Array, values: Array, positions: Array, scale: float, window: int | None) -> Array:
