@@ -1,4 +1,4 @@
-"""Attention, causal or with a pair bias (MegaFold)."""
+"""Attention: causal, with a pair bias (MegaFold), within windows, over a shared prompt (VLM scaling)."""
 
 import functools
 
@@ -9,8 +9,12 @@ import numpy as np
 from benchmarks.kernel_ops.op import Op
 from pallas_kernels.evo_attention import evo_attention
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.shared_prefix_attention import shared_prefix_attention
+from pallas_kernels.varlen_attention import varlen_attention
 from tests.oracles import attention as attention_oracle
 from tests.oracles import evo_attention as evo_oracle
+from tests.oracles import shared_prefix_attention as shared_oracle
+from tests.oracles import varlen_attention as varlen_oracle
 
 
 def _attention(q, k, v, cotangent):
@@ -48,6 +52,39 @@ def _evo_arrays():
     return tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in _evo_shapes(64, 32, jnp.float32)[:4])
 
 
+def _varlen(q, k, v, offsets, *, implementation=None):
+    return varlen_attention(q, k, v, offsets, max_length=64, implementation=implementation)
+
+
+def _varlen_exact(q, k, v, offsets, cotangent):
+    return varlen_oracle.attention(q, k, v, offsets), *varlen_oracle.gradients(q, k, v, offsets, cotangent)
+
+
+def _varlen_arrays():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1024, 4, 32)), jnp.float32) for _ in range(3))
+    return q, k, v, jnp.arange(0, 1025, 64, dtype=jnp.int32)
+
+
+def _varlen_gpu_shapes():
+    q = jax.ShapeDtypeStruct((4096, 16, 80), jnp.bfloat16)
+    return q, q, q, jax.ShapeDtypeStruct((65,), jnp.int32), q
+
+
+def _shared_shapes(samples, heads, kv_heads, dim, prefix, suffix, dtype):
+    array, lengths = (functools.partial(jax.ShapeDtypeStruct, dtype=x) for x in (dtype, jnp.int32))
+    keys, own = array((1, prefix, kv_heads, dim)), array((1, samples, suffix, kv_heads, dim))
+    return array((1, samples, heads, dim)), keys, keys, lengths((1,)), own, own, lengths((1, samples))
+
+
+def _shared_arrays():
+    rng = np.random.default_rng(0)
+    given = _shared_shapes(16, 4, 2, 32, 512, 64, jnp.float32)
+    arrays = [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in given]
+    arrays[3], arrays[6] = jnp.full((1,), 500), jnp.full((1, 16), 50)
+    return tuple(arrays)
+
+
 OPS = (
     Op(
         name="flash_attention",
@@ -80,5 +117,34 @@ OPS = (
             "For comparison: tokamax (0.0.12, same shape, H100, JAX 0.10.2) takes 439 MiB for output and gradients "
             "with its Triton kernels, 2023 MiB with its chunked XLA form."
         ),
+    ),
+    Op(
+        name="varlen_attention",
+        what="Attention within runs of rows (Qwen2.5-VL): windows of images, images of a batch.",
+        function=_varlen,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "xla", "reference"),
+        arrays=_varlen_arrays,
+        shape="16 windows of 64 rows, 4 heads, 32 wide",
+        oracle=_varlen_exact,
+        differentiate=(0, 1, 2),
+        gpu_shapes=_varlen_gpu_shapes,
+        gpu_shape="64 windows of up to 64 rows in 4096, 16 heads, 80 wide, bfloat16",
+        notes="The kernels are those of `flash_attention`, with tiles of 64 x 64.",
+    ),
+    Op(
+        name="shared_prefix_attention",
+        what="One step of decoding of samples that share a prompt, whose keys are read once.",
+        function=shared_prefix_attention,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "xla", "reference"),
+        arrays=_shared_arrays,
+        shape="16 samples, 4 heads over 2 of keys and values, 32 wide, 500 keys shared, 50 of each",
+        oracle=lambda *args: (shared_oracle.attention(*args),),
+        differentiate=(),
+        gpu_shapes=functools.partial(_shared_shapes, 16, 16, 2, 128, 2048, 256, jnp.bfloat16),
+        gpu_shape="16 samples, 16 heads over 2, 128 wide, 2048 keys shared, 256 of each, bfloat16",
     ),
 )

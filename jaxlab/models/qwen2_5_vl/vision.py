@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlab.layers import GatedMLP, Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
 from jaxlab.models.qwen2_5_vl.config import VisionConfig
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.varlen_attention import varlen_attention
 
 _EPSILON = 1e-6  # of every norm in the encoder
 
@@ -110,17 +110,11 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _attend(q: Array, k: Array, v: Array, offsets: Array) -> Array:
-    """Attention of `[T,H,D]` within the runs of rows that begin at `offsets`."""
-    segments = jnp.searchsorted(offsets[1:], jnp.arange(q.shape[0]), side="right").astype(jnp.int32)
-    segments = jnp.where(segments < offsets.shape[0] - 1, segments + 1, 0)[None]
-    return flash_attention(q[None], k[None], v[None], causal=False, segment_ids=segments)[0]
-
-
 class VisionAttention(nn.Module):
     """Multi-head attention within segments, with biases and two-dimensional rotary positions."""
 
     config: VisionConfig
+    max_length: int
     dtype: str
     param_dtype: str
 
@@ -128,14 +122,14 @@ class VisionAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "n d"], cos: Float[Array, "n half"], sin: Float[Array, "n half"], offsets: Array
     ) -> Float[Array, "n d"]:
-        """Rows of a segment see each other."""
+        """Rows of a segment, of which `offsets` are the beginnings, see each other."""
         heads, policy = self.config.num_heads, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         features, names = (3 * heads, self.config.head_dim), ("embed", "heads", "head_dim")
         qkv = Linear(features, names, use_bias=True, name="qkv", **policy)(x)
         q, k, v = jnp.split(qkv, 3, axis=1)
         q, k = (apply_rope(part[None], cos[None], sin[None])[0] for part in (q, k))
         # The parameters do not depend on it, and of a constant input XLA would compute it while it compiles.
-        out = q if self.is_initializing() else _attend(q, k, v, offsets)
+        out = q if self.is_initializing() else varlen_attention(q, k, v, offsets, max_length=self.max_length)
         names = ("heads", "head_dim", "embed")
         return Linear((x.shape[-1],), names, in_axes=2, use_bias=True, name="o", **policy)(out)
 
@@ -144,6 +138,7 @@ class VisionBlock(nn.Module):
     """Pre-norm attention and gated MLP; the carry and the (absent) output of a scan over layers."""
 
     config: VisionConfig
+    max_length: int
     dtype: str
     param_dtype: str
 
@@ -152,7 +147,7 @@ class VisionBlock(nn.Module):
         """One block."""
         config, policy = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = RMSNorm(_EPSILON, "embed", self.param_dtype, name="attn_norm")(x)
-        x = x + VisionAttention(config, name="attn", **policy)(norm, cos, sin, offsets)
+        x = x + VisionAttention(config, self.max_length, name="attn", **policy)(norm, cos, sin, offsets)
         norm = RMSNorm(_EPSILON, "embed", self.param_dtype, name="mlp_norm")(x)
         return x + GatedMLP(config.intermediate_size, use_bias=True, name="mlp", **policy)(norm), None
 
@@ -196,6 +191,7 @@ class VisionTower(nn.Module):
         block = nn.remat(VisionBlock, prevent_cse=False) if self.remat == "block" else VisionBlock
         for index, (full, layers) in enumerate(block_runs(config)):
             offsets = jnp.asarray(layout.images if full else layout.windows)
+            longest = layout.longest_image if full else layout.longest_window
             stack: Any = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -204,7 +200,7 @@ class VisionTower(nn.Module):
                 length=layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = stack(config, name=f"blocks_{index}", **policy)(x, cos[0], sin[0], offsets)
+            x, _ = stack(config, longest, name=f"blocks_{index}", **policy)(x, cos[0], sin[0], offsets)
         x = RMSNorm(_EPSILON, "embed", self.param_dtype, name="merger_norm")(x).reshape(tokens, -1)
         x = Linear((x.shape[-1],), ("embed", "mlp"), use_bias=True, name="merger_up", **policy)(x)
         x = jax.nn.gelu(x, approximate=False)
