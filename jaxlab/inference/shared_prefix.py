@@ -77,11 +77,11 @@ class SharedPrefixCache:
         slots = jnp.where(by_prompt(positions) < 0, -1, slots)
         keys, values, suffix = self.suffix.write(layer, k, v, slots.reshape(positions.shape))
         # As `shared_prefix_attention` has them, tokens before heads; a CPU undoes the transposition without a copy.
-        prefix = [x.transpose(0, 2, 1, 3).astype(q.dtype) for x in self.prefix.read(layer)]
-        own = [by_prompt(x).transpose(0, 1, 3, 2, 4).astype(q.dtype) for x in (keys, values)]
+        prefix_k, prefix_v = (x.transpose(0, 2, 1, 3).astype(q.dtype) for x in self.prefix.read(layer))
+        own_k, own_v = (by_prompt(x).transpose(0, 1, 3, 2, 4).astype(q.dtype) for x in (keys, values))
 
         def attend(q, visible):
-            return shared_prefix_attention(q, *prefix, self.lengths, *own, visible, scale=scale)
+            return shared_prefix_attention(q, prefix_k, prefix_v, self.lengths, own_k, own_v, visible, scale=scale)
 
         queries, visible = by_prompt(q), slots + 1
         if q.shape[1] == 1:

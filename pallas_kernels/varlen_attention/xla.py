@@ -43,8 +43,8 @@ def forward(
 ) -> tuple[Float[Array, "t h d"], Float[Array, "h t"]]:
     """Output and log-sum-exp of every row."""
     batch = _Batch(offsets, q.shape[0], max_length)
-    arrays = map(batch.gather, (q, k, v))
-    out, lse = xla.forward(*arrays, batch.ids, causal=False, window=None, scale=scale)
+    q, k, v = map(batch.gather, (q, k, v))
+    out, lse = xla.forward(q, k, v, batch.ids, causal=False, window=None, scale=scale)
     return batch.scatter(out), batch.scatter(lse.swapaxes(1, 2)).T
 
 
@@ -64,5 +64,5 @@ def backward(
     batch = _Batch(offsets, q.shape[0], max_length)
     q, k, v, out, d_out = map(batch.gather, (q, k, v, out, d_out))
     lse = batch.gather(lse.T).swapaxes(1, 2)
-    gradients = xla.backward(q, k, v, batch.ids, out, lse, d_out, causal=False, window=None, scale=scale)
-    return tuple(map(batch.scatter, gradients))
+    dq, dk, dv = xla.backward(q, k, v, batch.ids, out, lse, d_out, causal=False, window=None, scale=scale)
+    return batch.scatter(dq), batch.scatter(dk), batch.scatter(dv)

@@ -58,7 +58,7 @@ class _Traced(Exception):
 
 
 def _first_cache(monkeypatch, *args, **options):
-    """The cache of a generation, as shapes: nothing is compiled."""
+    """The cache of a generation as shapes (which the run-time checks do not take): nothing is compiled."""
 
     def trace(model, *args, **options):
         raise _Traced(jax.eval_shape(functools.partial(_start, model, **options), *args).cache)
@@ -69,6 +69,7 @@ def _first_cache(monkeypatch, *args, **options):
     return found.value.args[0]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_prompt_is_held_once(model, params, monkeypatch):
     prompts, sampling = [list(range(1, 65))], SamplingParams(max_tokens=16)
     cache = _first_cache(monkeypatch, model, params, prompts, sampling, n=16, rng=KEY)
@@ -78,6 +79,7 @@ def test_the_prompt_is_held_once(model, params, monkeypatch):
     assert held <= 1.1 * (64 + 16 * 16) * a_token
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_windows_go_without(model, params, monkeypatch):
     windowed = dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(2, 2)))
     cache = _first_cache(monkeypatch, windowed, params, [[1, 2, 3, 4]], SamplingParams(max_tokens=6), n=2, rng=KEY)
