@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks import vlm_parity
+
 FOLDER = Path(__file__).parent / "goldens"
 
 
@@ -18,6 +20,15 @@ def golden(name):
                 key.removeprefix(f"{kind}/"): file[key] for key in file.files if key.startswith(f"{kind}/")
             }
     return content
+
+
+def vlm_golden():
+    """What `benchmarks.vlm_parity.torch_pass` gave."""
+    with np.load(FOLDER / f"{vlm_parity.NAME}.npz") as file:
+        made = {name: file[name] for name in ("positions", "logits", "continuation")}
+        made["config"] = json.loads(str(file["config"]))
+        weights = {name: file[name] for name in file.files if name.startswith("weights/")}
+    return made | {"weights": {name.removeprefix("weights/"): value for name, value in weights.items()}}
 
 
 def write(folder, name="llama", change=None, dtype=np.float32):

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import json
 import math
 
 import jax
@@ -24,20 +23,12 @@ from jaxlab.models.qwen2_5_vl import (
     save,
     smart_resize,
 )
-from tests.models.checkpoints import FOLDER
-
-
-def golden():
-    with np.load(FOLDER / f"{vlm_parity.NAME}.npz") as file:
-        made = {name: file[name] for name in ("positions", "logits", "continuation")}
-        made["config"] = json.loads(str(file["config"]))
-        weights = {name: file[name] for name in file.files if name.startswith("weights/")}
-    return made | {"weights": {name.removeprefix("weights/"): value for name, value in weights.items()}}
+from tests.models.checkpoints import vlm_golden
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return vlm_parity.folder_of(tmp_path_factory.mktemp("vlm") / "in", golden())
+    return vlm_parity.folder_of(tmp_path_factory.mktemp("vlm") / "in", vlm_golden())
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +38,7 @@ def loaded(folder):
 
 @pytest.mark.latest
 def test_positions_logits_and_continuation_equal_torch(tmp_path):
-    found = vlm_parity.differences(golden(), tmp_path / "in")
+    found = vlm_parity.differences(vlm_golden(), tmp_path / "in")
     assert found.pop("logits") <= vlm_parity.BOUND
     assert set(found.values()) == {0.0}
 
@@ -83,7 +74,7 @@ def test_missing_and_unexpected_weights_are_named(folder, tmp_path):
 
 
 def test_configurations_of_both_spellings():
-    hf = golden()["config"]
+    hf = vlm_golden()["config"]
     config = Config.from_hf(hf)
     assert config.text.rope.mrope_section == (4, 2, 2)
     assert Config.from_hf(config.to_hf()) == config
@@ -133,7 +124,7 @@ def test_windows_tile_the_image_and_order_is_inverted():
 
 
 def test_positions_by_hand():
-    config = Config.from_hf(golden()["config"])
+    config = Config.from_hf(vlm_golden()["config"])
     image, grid = vlm_parity.IMAGE, np.array([[1, 4, 6]])
     ids = np.array([[0, 7, 8, *[image] * 6, 9]])
     positions, delta = mrope_index(ids, grid, np.array([[0] + [1] * 9]), config=config)
@@ -241,7 +232,7 @@ def test_a_traced_grid_is_refused(loaded):
 def test_fresh_parameters_have_the_shapes_of_loaded_ones(loaded):
     model, params = loaded
     fresh = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(lambda leaf: leaf.shape, fresh) == jax.tree.map(lambda leaf: leaf.shape, params)
 
 
 def test_every_parameter_of_the_encoder_takes_a_gradient(loaded):

@@ -8,14 +8,14 @@ import pytest
 from benchmarks import vlm_parity
 from jaxlab.models.qwen2_5_vl import load
 from jaxlab.vlm_scaling.sampling import Request, sample
-from tests.models.test_qwen2_5_vl import golden
+from tests.models.checkpoints import vlm_golden
 
 KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    return load(vlm_parity.folder_of(tmp_path_factory.mktemp("vlm") / "in", golden()))
+    return load(vlm_parity.folder_of(tmp_path_factory.mktemp("vlm") / "in", vlm_golden()))
 
 
 def _requests():
@@ -34,7 +34,7 @@ def _requests():
 def test_greedy_samples_are_torchs_continuation(loaded):
     found = sample(*loaded, _requests(), temperature=0.0, max_new_tokens=12, key=KEY)
     assert [samples.id for samples in found] == ["two images", "one"]
-    for samples, expected in zip(found, golden()["continuation"]):
+    for samples, expected in zip(found, vlm_golden()["continuation"]):
         np.testing.assert_array_equal(samples.tokens[0], expected)
         assert samples.mask.all()
         assert samples.finish_reason == ["length"]
