@@ -181,11 +181,13 @@ def abstract_params(model: Qwen25VL) -> Any:
 
 
 def init_params(model: Qwen25VL, key: Array) -> Any:
-    """Fresh parameters, plain arrays in `param_dtype`."""
-    return _init(model, key)
+    """Fresh parameters, plain arrays in `param_dtype`. Jit with `out_shardings` to make them sharded."""
+    return (_init if isinstance(key, jax.core.Tracer) else _init_once)(model, key)
 
 
-# Run once: what the compiler would spend on making it fast is lost.
-@jax.jit(static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def _init(model, key):
     return nn.meta.unbox(model.init(key, **_smallest_input(model.config))["params"])
+
+
+# What the compiler would spend on making it fast is lost. Such options are for programs of their own.
+_init_once = jax.jit(_init, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
