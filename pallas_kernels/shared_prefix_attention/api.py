@@ -1,19 +1,12 @@
 """The door: signature, argument checks, implementation choice."""
 
-import functools
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.shared_prefix_attention import reference, triton, xla
 
-_FORWARD = {
-    "reference": reference.forward,
-    "xla": xla.forward,
-    "triton": triton.forward,
-    "interpret": functools.partial(triton.forward, interpret=True),
-}
+_FORWARD = implementations(reference.forward, xla.forward, triton.forward)
 
 
 def shared_prefix_attention(

@@ -6,21 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
 from pallas_kernels.varlen_attention import reference, triton, xla
 
-_FORWARD = {
-    "reference": reference.forward,
-    "xla": xla.forward,
-    "triton": triton.forward,
-    "interpret": functools.partial(triton.forward, interpret=True),
-}
-_BACKWARD = {
-    "reference": reference.backward,
-    "xla": xla.backward,
-    "triton": triton.backward,
-    "interpret": functools.partial(triton.backward, interpret=True),
-}
+_FORWARD = implementations(reference.forward, xla.forward, triton.forward)
+_BACKWARD = implementations(reference.backward, xla.backward, triton.backward)
 
 
 def varlen_attention(
