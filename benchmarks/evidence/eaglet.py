@@ -50,7 +50,7 @@ WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]]
     "text_world": ("TextWorld, scripted executors", QUESTS, (*TRAINED, "gold"), (0,)),
     "science_world": ("ScienceWorld, scripted executors, no planner", SCIENCE, ("none", "other_type", "gold"), (0,)),
 }
-"""Name -> title, what is different from the laptop's config, methods, seeds."""
+"""Name -> title, what is different from `configs/eaglet/study.yaml`, methods, seeds."""
 ALPHAS = (0.0, 0.01, 0.05, 0.1)
 WORLDS |= {f"alpha {alpha}": ("", (f"grpo.alpha={alpha}",), ("grpo",), (0,)) for alpha in ALPHAS}
 FAULTY = (0.1, 0.3, 0.5, 0.7)
@@ -175,9 +175,7 @@ def _config(changes: Sequence[str], seed: int) -> Any:
     from jaxlab import core
     from jaxlab.eaglet.study import StudyConfig
 
-    return core.load_config(
-        StudyConfig, core.find_config("configs/eaglet/laptop.yaml"), ("grpo.steps=100", *changes, f"seed={seed}")
-    )
+    return core.load_config(StudyConfig, core.find_config("configs/eaglet/study.yaml"), (*changes, f"seed={seed}"))
 
 
 def _studies(world: str) -> Iterator[Any]:

@@ -15,7 +15,10 @@ app = typer.Typer(rich_markup_mode="rich")
 _Config = Annotated[str, typer.Argument(help="A study's config (YAML).")]
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=value", help="Values over the YAML file's.")]
 _Folder = Annotated[Path, typer.Option(help="Keeps every stage; a later one makes the earlier ones it needs.")]
-_METHOD = "none, gold, other_type, untrained, sft_all, sft, grpo, grpo_expert, grpo_novice, grpo_success or best_of."
+_METHOD = (
+    "none, gold, other_type, packaged, untrained, sft_all, sft, grpo, grpo_expert, grpo_novice, grpo_success or "
+    "best_of."
+)
 _OUT = Path("out/eaglet")
 
 
@@ -86,6 +89,7 @@ def rl(
     overrides: _Overrides = None,
     folder: _Folder = _OUT,
     reward: Annotated[str, typer.Option(help="gain, expert, novice or success.")] = "gain",
+    export: Annotated[Path | None, typer.Option(help="Writes the planner there, too, in 16 bits.")] = None,
 ) -> None:
     """Train the planner on what executors gain from its plans; the same command again resumes where it was killed."""
     from jaxlab import core
@@ -93,11 +97,14 @@ def rl(
     methods = {"gain": "grpo", **{name: f"grpo_{name}" for name in ("expert", "novice", "success")}}
     check_choice("--reward", reward, tuple(methods))
     study, method = _study(config, overrides, folder), methods[reward]
-    study.planner(method)
+    planner = study.planner(method)
+    if export is not None:
+        planner.save(export, dtype="float16")
     rows = core.jsonl.read(folder / "runs" / method / "metrics.jsonl")
     typer.echo(
         f"{len(rows)} updates: reward {rows[0]['reward']:.3f} -> {rows[-1]['reward']:.3f}, environment steps "
-        f"{sum(row['env_steps'] for row in rows):.0f}\nmetrics: {folder / 'runs' / method}\nplanner: {folder / method}"
+        f"{sum(row['env_steps'] for row in rows):.0f}\nmetrics: {folder / 'runs' / method}\n"
+        f"planner: {export or folder / method}"
     )
 
 
@@ -114,7 +121,7 @@ def evaluate(
 
     study = _study(config, overrides, folder)
     check_choice("--split", split, ("seen", "unseen"))
-    _method(method)
+    _method(study, method)
     without, reports = study.evaluate("none", split), study.evaluate(method, split)
     rows = []
     for name, report in reports.items():
@@ -128,23 +135,23 @@ def evaluate(
 
 @app.command()
 def play(
-    config: _Config,
+    config: _Config = "configs/eaglet/laptop.yaml",
     overrides: _Overrides = None,
     folder: _Folder = _OUT,
-    method: Annotated[str, typer.Option(help=_METHOD)] = "grpo",
+    method: Annotated[str, typer.Option(help=_METHOD)] = "packaged",
     executor: Annotated[str, typer.Option(help="expert, novice or other.")] = "novice",
     split: Annotated[str, typer.Option(help="seen or unseen.")] = "seen",
     number: Annotated[int, typer.Option(min=0, help="Which task of the split.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the episode.")] = 0,
 ) -> None:
-    """Show one episode without a plan and with one, side by side."""
+    """Show one episode without a plan and with one, by default of the planner that comes along, side by side."""
     from jaxlab.eaglet.plans import plan_steps
     from jaxlab.eaglet.rollouts import rollout
 
     study = _study(config, overrides, folder)
     check_choice("--split", split, ("seen", "unseen"))
     check_choice("--executor", executor, tuple(study.executors))
-    _method(method)
+    _method(study, method)
     tasks = study.held_out[split]
     if number >= len(tasks):
         raise typer.BadParameter(f"expected a number below {len(tasks)}, got {number}", param_hint="--number")
@@ -172,7 +179,8 @@ def _study(config: str, overrides: list[str] | None, folder: Path) -> Any:
         return Study(recipes.load(recipe.run, config, overrides or ()), folder)
 
 
-def _method(name: str) -> None:
-    from jaxlab.eaglet.study import METHODS
+def _method(study: Any, name: str) -> None:
+    from jaxlab.eaglet.study import check_method
 
-    check_choice("--method", name, tuple(METHODS))
+    with usage():
+        check_method("--method", name, study.config.world)

@@ -17,6 +17,8 @@ from jaxlab.inference import Generation, SamplingParams, generate
 from jaxlab.models import load_pretrained, load_tokenizer, save_pretrained
 
 PLAN_END = "</plan>"
+_PACKAGED = Path(__file__).resolve().parent / "grid_planner"
+_PACKAGED_TOKENS = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Planner:
     """Writes plans; called with a task it is a `PlanSource` of its likeliest ones.
 
     Example:
-        planner = Planner.load("out/eaglet/planner")
+        planner = Planner.load()
         plans = planner.plan("Brew the amber tonic.", rng=jax.random.key(0), n=4)
 
     Attributes:
@@ -84,19 +86,22 @@ class Planner:
             plans.append(Plan.parse(text + end, max_plan_tokens=self.max_plan_tokens, tokenizer=self.tokenizer))
         return plans
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Writes a Hugging Face folder of model and tokenizer."""
-        save_pretrained(folder, self.model, self.params, tokenizer=self.tokenizer)
+    def save(self, folder: str | os.PathLike, *, dtype: str | None = None) -> Path:
+        """Writes a Hugging Face folder of model and tokenizer; `dtype` is that of the stored numbers."""
+        save_pretrained(folder, self.model, self.params, tokenizer=self.tokenizer, dtype=dtype)
         return Path(folder)
 
     @classmethod
-    def load(cls, source: str | os.PathLike, **limits: Any) -> "Planner":
+    def load(cls, source: str | os.PathLike | None = None, **limits: Any) -> "Planner":
         """Opens what `save` wrote, or any model that `load_pretrained` knows.
 
         Args:
-          source: as in `load_pretrained`.
+          source: as in `load_pretrained`. None: the planner that comes with the package, 0.1 M parameters for
+            `GridQuestEnv` of seed 0, whatever its size; `configs/eaglet/study.yaml` tells how it was made.
           **limits: `max_tokens`, `max_plan_tokens`.
         """
+        if source is None:
+            source, limits = _PACKAGED, {"max_tokens": _PACKAGED_TOKENS, **limits}
         return cls(*load_pretrained(source), load_tokenizer(source), **limits)
 
 

@@ -78,11 +78,17 @@ def _run(config: StudyConfig, folder: Path) -> core.Report:
             f"{len(study.train)} tasks to train on. Plans come from solutions, each with a fault by a chance of "
             f"{config.corruption:.0%}, which the filter sees only through what executors do with them. Gains are "
             "against the same episodes without a plan, 95 % intervals over tasks; R_final is the gain of expert and "
-            "novice, plus 1 for the format. The executor called other was never used in training.",
+            "novice, plus 1 for the format. The executor called other was never used in training."
+            + _PACKAGED.format(steps=config.grpo.steps)
+            * ("packaged" in config.methods),
         ),
     )
 
 
+_PACKAGED = (
+    " The reinforcement here makes {steps} updates; the package's planner comes from the 100 of "
+    "configs/eaglet/study.yaml."
+)
 COLUMNS = (
     *("plans", "R_final", "expert: success", "gain", "95 %", "novice: success", "gain", "95 %"),
     *("other: success", "gain", "95 %", "steps, all three"),

@@ -38,11 +38,13 @@ METHODS = {
     "grpo_expert": "GRPO, gain of the expert",
     "grpo_novice": "GRPO, gain of the novice",
     "grpo_success": "GRPO, success",
+    "packaged": "the package's planner",
     "best_of": "best of 8 (oracle)",
     "gold": "gold plan",
 }
 _REWARDS: dict[str, Any] = {"grpo": "gain", "grpo_expert": "expert", "grpo_novice": "novice", "grpo_success": "success"}
 _HELD_OUT = ("seen", "unseen")
+_NAME = "study.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +81,23 @@ class StudyConfig:
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods: expected at least one, none twice, got {self.methods}")
         for method in self.methods:
-            check_choice("methods", method, tuple(METHODS))
+            check_method("methods", method, self.world)
         if self.grpo.reward != "gain":
             raise ValueError(f"grpo.reward: expected 'gain', since methods set it, got {self.grpo.reward!r}")
+
+
+def check_method(name: str, method: str, world: WorldConfig) -> None:
+    """Refuses an unknown method, and the package's planner in another world than its own.
+
+    Raises:
+      ValueError: `name` is the argument that it says.
+    """
+    check_choice(name, method, tuple(METHODS))
+    if method == "packaged" and (world.name, world.options.get("seed", 0)) != ("grid_quest", 0):
+        raise ValueError(
+            f"{name}: expected 'packaged' with the world grid_quest of seed 0 alone, got it with {world.name} "
+            f"{world.options}"
+        )
 
 
 class Study:
@@ -91,7 +107,7 @@ class Study:
     """
 
     def __init__(self, config: StudyConfig, folder: str | os.PathLike):
-        """Starts nothing.
+        """Starts nothing, and writes nothing yet.
 
         Raises:
           ValueError: the folder belongs to a study of other settings.
@@ -116,6 +132,8 @@ class Study:
     def executors(self) -> dict[str, Executor]:
         """Expert, novice and the other one."""
         others = [task for tasks in self.held_out.values() for task in tasks]
+        if self.config.executors.kind == "lm":
+            self._claim()
         return make_executors(self.config.executors, self.env, self.train, others, self.folder / "executors")
 
     @functools.cached_property
@@ -168,6 +186,7 @@ class Study:
         """The planner of a method that trains one, trained where the folder has none yet."""
         place = self.folder / method
         if not (place / "config.json").exists():
+            self._claim()
             trained = self.start() if method == "untrained" else self._trained(method)
             trained.save(place)
         return Planner.load(place, max_tokens=self.config.grpo.max_completion_length)
@@ -185,7 +204,12 @@ class Study:
         return train_sft(self.start(), [pair for pair in pairs if pair[1].ok], sft, folder=run).planner
 
     def source(self, method: str, split: str) -> PlanSource | Planner | None:
-        """Where a method's plans come from."""
+        """Where a method's plans come from.
+
+        Raises:
+          ValueError: an unknown method, or one that does not fit the world.
+        """
+        check_method("method", method, self.config.world)
         if method == "none":
             return None
         gold = GoldPathPlanSource(self.env)
@@ -193,6 +217,8 @@ class Study:
             return gold
         if method == "other_type":
             return ShuffledPlans(gold, self.held_out[split], seed=self.config.seed)
+        if method == "packaged":
+            return Planner.load()
         if method == "best_of":
             drawn = sample_plans(
                 self.planner("sft"), self.held_out[split], env=self.where, executors=self.pair, cache=self.cache
@@ -233,8 +259,13 @@ class Study:
             self._written[method, split] = None if source is None else Given(tasks, plans_of(source, tasks))
         return self._written[method, split]
 
+    def _claim(self) -> None:
+        """Says whose folder it is, before anything is kept there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _NAME).write_text(json.dumps(_settings(self.config), indent=1) + "\n")
+
     def _write(self, path: Path, pairs: Sequence[tuple[Task, Plan]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._claim()
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         rows = [json.dumps({"task_id": task.id, "text": plan.text}) for task, plan in pairs]
         temporary.write_text("".join(f"{row}\n" for row in rows))
@@ -259,16 +290,14 @@ class Given:
 _FREE = ("methods", "eval_seeds", "folder")
 
 
+def _settings(config: StudyConfig) -> dict[str, Any]:
+    """What decides the stages of a study, as JSON has it."""
+    return json.loads(json.dumps({name: value for name, value in core.to_dict(config).items() if name not in _FREE}))
+
+
 def _check_folder(config: StudyConfig, folder: Path) -> None:
-    mine = {name: value for name, value in core.to_dict(config).items() if name not in _FREE}
-    mine = json.loads(json.dumps(mine))
-    path = folder / "study.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=1) + "\n")
-    saved = json.loads(path.read_text())
-    for name, value in mine.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{name}: {folder} has a study with {saved.get(name)!r}, got {value!r}; use another folder"
-            )
+    path = folder / _NAME
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in _settings(config).items():
+        if saved.get(name, value) != value:  # a study begun before there was a setting takes ours
+            raise ValueError(f"{name}: {folder} has a study with {saved[name]!r}, got {value!r}; use another folder")

@@ -8,10 +8,14 @@ import pytest
 
 from jaxlab import core
 from jaxlab.eaglet import (
+    GridGuide,
+    GridQuestEnv,
     PlanGRPOConfig,
     Planner,
     RolloutCache,
+    ScriptedExecutor,
     SFTConfig,
+    evaluate,
     group_advantages,
     hcf_filter,
     reinforcement,
@@ -58,6 +62,20 @@ def test_the_cold_start(trained, tmp_path):
     assert loaded(TASK) == greedy
     short = dataclasses.replace(trained.planner, max_plan_tokens=3)(TASK)
     assert (short.ok, short.reason, short.plan) == (False, "too_long", "Step 1:")
+
+
+def test_the_planner_that_comes_with_the_package(tmp_path):
+    """It is small, and on types of task that its training never had it helps as it is said to."""
+    packaged = Planner.load()
+    env, novice = GridQuestEnv(size=5, n_tasks=12), ScriptedExecutor("novice", GridGuide(), skill=0.1, follow=0.9)
+    tasks = env.tasks("unseen")
+    report = evaluate(env, novice, tasks, planner=packaged)
+    assert (evaluate(env, novice, tasks).success.mean, report.success.mean) == (0, 1)
+    assert all(row["plan"].startswith("Step 1: use ") for row in report.table)
+    folder = packaged.save(tmp_path / "again", dtype="float16")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 200_000
+    assert equal(Planner.load(folder).params, packaged.params)
+    assert (packaged.max_tokens, Planner.load(max_tokens=9).max_tokens) == (48, 9)
 
 
 def test_a_cold_start_goes_on(start, trained, tmp_path):

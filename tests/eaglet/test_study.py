@@ -62,6 +62,7 @@ def test_stages_are_read_again(report, folder, monkeypatch):
     assert study.planner("grpo")(study.train[0]).text
     assert len(study.plans()) == 8
     assert study.kept() == study.filtered().kept
+    assert study.source("packaged", "seen").max_tokens == 48
     with pytest.raises(ValueError, match="method: expected one with plans"):
         study.rewards("none", "seen")
     with pytest.raises(ValueError, match=r"corruption: .* has a study with 0.9, got 0.1; use another folder"):
@@ -74,17 +75,31 @@ def test_stages_are_read_again(report, folder, monkeypatch):
         ("synth", ("--show", "1"), ["8 plans, 8 of the right format"]),
         ("filter", (), ["of 8 plans kept", "of those dropped have a fault"]),
         ("sft", (), ["planner:", "sft"]),
-        ("rl", (), ["2 updates: reward", "environment steps"]),
+        ("rl", ("--export", "{folder}/exported"), ["2 updates: reward", "environment steps", "exported"]),
         ("eval", ("--method", "gold", "--split", "unseen"), ["without a plan", "novice", "success"]),
         ("play", ("--method", "gold", "--number", "1"), ["Task: Brew the", "Plan: use", "with it", "reward"]),
         ("play", ("--method", "none", "--executor", "other"), ["Plan: (none)"]),
     ],
 )
 def test_commands(report, folder, verb, options, told):
+    options = [each.format(folder=folder) for each in options]
     result = CliRunner().invoke(app, ["eaglet", verb, CONFIG, *CHANGES, "--folder", str(folder), *options])
     assert result.exit_code == 0, result.output
     for text in told:
         assert text in result.output
+
+
+def test_play_needs_nothing_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["eaglet", "play"])
+    assert result.exit_code == 0, result.output
+    assert "Plan: use forge; use chapel; use cellar; use market" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_exported(report, folder):
+    config = json.loads((folder / "exported" / "config.json").read_text())
+    assert config["torch_dtype"] == "float16"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +109,7 @@ def test_commands(report, folder, verb, options, told):
         ("eval", ("--method", "luck"), "expected one of none"),
         ("play", ("--number", "99"), "expected a number below 4"),
         ("play", ("--split", "train"), "expected one of seen, unseen"),
+        ("play", ("methods=[packaged]", "world.options={seed: 1}"), "expected 'packaged' with the world grid_quest of"),
         ("synth", ("world.name=moon",), "expected one of grid_quest"),
         ("synth", ("executors.skills=[1]",), "expected one of each"),
         ("synth", ("methods=[luck]",), "methods"),
@@ -155,5 +171,6 @@ def test_the_laptops_config_is_the_tours():
     assert tour.RECIPES["eaglet"] == f"jaxlab.eaglet.recipe:{CONFIG}"
     assert recipes.SYSTEMS["eaglet"].config == CONFIG
     loaded = recipes.load(recipe.run, CONFIG)
+    assert "packaged" in loaded.methods
     assert loaded.grpo.beta == 0.01
     assert json.loads(json.dumps(core.to_dict(loaded)))["grpo"]["reward"] == "gain"
