@@ -43,7 +43,7 @@ QUESTS = (
 )
 SCIENCE = ("world={name: science_world, train: 1, held_out: 12}", "eval_seeds=[0]")
 TRAINED = ("none", "untrained", "other_type", "sft_all", "sft", "grpo")
-ABLATED = ("grpo_expert", "grpo_novice", "grpo_success", "best_of")
+ABLATED = ("grpo_expert", "grpo_novice", "grpo_success", "dpo", "best_of")
 WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]] = {
     "grid": ("Grid world, scripted executors", (), (*TRAINED, *ABLATED, "gold"), SEEDS),
     "grid_decoders": ("Grid world, cloned decoders as executors", DECODERS, (*TRAINED, "gold"), (0,)),
@@ -60,18 +60,15 @@ _SPLITS = ("seen", "unseen")
 
 def items() -> Iterator[Item]:
     """One row a world, split and method; the filter; the cost."""
-    from jaxlab import core
-
     for world, (title, changes, methods, seeds) in WORLDS.items():
         if not title:
             continue
-        settings = {"methods": methods, **core.to_dict(_config(changes, 0))}
         for split in _SPLITS:
             for method in methods:
                 yield Item(
                     name=f"{world}, {split}, {method}",
                     table=f"{title}, tasks held out ({split}): {_TOLD}",
-                    settings=settings,
+                    settings=_settings(changes, method),
                     run=lambda world=world, split=split, method=method: _row(world, split, method),
                     seeds=seeds,
                 )
@@ -79,7 +76,7 @@ def items() -> Iterator[Item]:
             yield Item(
                 name=f"{world}, filter",
                 table="The consensus filter, against the faults that were put into plans (measured)",
-                settings=core.to_dict(_config(changes, 0)),
+                settings=_settings(changes),
                 run=lambda world=world, title=title: {"world": title, **_filter(world)},
                 seeds=seeds,
             )
@@ -88,7 +85,7 @@ def items() -> Iterator[Item]:
         yield Item(
             name=f"corruption {share}",
             table="The consensus filter by the share of plans with a fault, grid world, scripted executors (measured)",
-            settings=core.to_dict(_config(changes, 0)),
+            settings=_settings(changes),
             run=lambda share=share: _filter(f"corruption {share}"),
             seeds=seeds,
         )
@@ -98,7 +95,7 @@ def items() -> Iterator[Item]:
             name=f"alpha {alpha}",
             table="GRPO by the alpha of the gain, which R_final depends on, too: grid world, scripted executors, tasks "
             "held out (seen) (measured)",
-            settings=core.to_dict(_config(changes, 0)),
+            settings=_settings(changes),
             run=lambda alpha=alpha: {**_row(f"alpha {alpha}", "seen", "grpo"), "plans": f"alpha = {alpha}"},
             seeds=seeds,
         )
@@ -176,6 +173,14 @@ def _config(changes: Sequence[str], seed: int) -> Any:
     from jaxlab.eaglet.study import StudyConfig
 
     return core.load_config(StudyConfig, core.find_config("configs/eaglet/study.yaml"), (*changes, f"seed={seed}"))
+
+
+def _settings(changes: Sequence[str], method: str = "") -> dict[str, Any]:
+    """What decides an outcome; `dpo` decides its own method's alone."""
+    from jaxlab import core
+
+    told = core.to_dict(_config(changes, 0))
+    return told if method == "dpo" else {name: value for name, value in told.items() if name != "dpo"}
 
 
 def _studies(world: str) -> Iterator[Any]:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from jaxlab.eaglet.pairs import PairedRollout, PlanRewards, plan_rewards
     from jaxlab.eaglet.planner import Planner, TrainResult, train_sft
     from jaxlab.eaglet.plans import Plan, PlanParse, format_plan, parse_plan, plan_steps
+    from jaxlab.eaglet.preferences import DPOConfig, dpo_loss, train_dpo
     from jaxlab.eaglet.reinforcement import PlanGRPOConfig, train_grpo
     from jaxlab.eaglet.rollouts import Rollout, RolloutCache, rollout
     from jaxlab.eaglet.supervised import SFTConfig
@@ -49,6 +50,7 @@ __all__ = [
     "ALFWorldEnv",
     "Comparison",
     "Context",
+    "DPOConfig",
     "EvalReport",
     "Executor",
     "FilterReport",
@@ -85,6 +87,7 @@ __all__ = [
     "clone_executors",
     "compare",
     "demonstrations",
+    "dpo_loss",
     "ecgr",
     "evaluate",
     "false_gain_rate",
@@ -99,6 +102,7 @@ __all__ = [
     "plan_steps",
     "rollout",
     "sample_plans",
+    "train_dpo",
     "train_grpo",
     "train_sft",
     "word_tokenizer",
@@ -146,6 +150,7 @@ __getattr__, __dir__ = lazy.attach(
             "TrainResult",
             "train_sft",
         ),
+        "preferences": ("DPOConfig", "dpo_loss", "train_dpo"),
         "reinforcement": (
             "PlanGRPOConfig",
             "train_grpo",

@@ -16,7 +16,7 @@ _Config = Annotated[str, typer.Argument(help="A study's config (YAML).")]
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=value", help="Values over the YAML file's.")]
 _Folder = Annotated[Path, typer.Option(help="Keeps every stage; a later one makes the earlier ones it needs.")]
 _METHOD = (
-    "none, gold, other_type, packaged, untrained, sft_all, sft, grpo, grpo_expert, grpo_novice, grpo_success or "
+    "none, gold, other_type, packaged, untrained, sft_all, sft, grpo, grpo_expert, grpo_novice, grpo_success, dpo or "
     "best_of."
 )
 _OUT = Path("out/eaglet")

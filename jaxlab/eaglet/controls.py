@@ -80,6 +80,7 @@ def sample_plans(
     temperature: float = 1.0,
     cache: RolloutCache | None = None,
     seeds: Sequence[int] = (0,),
+    alpha: float = 0.01,
     seed: int = 0,
 ) -> Sampled:
     """Draws n plans of each task and tries them out.
@@ -93,11 +94,12 @@ def sample_plans(
       temperature: of the draws.
       cache: of baselines.
       seeds: of the episodes.
+      alpha: of `capability_gain`.
       seed: of the draws.
     """
     drawn = planner.plan_all(
         [task.instruction for task in tasks], rng=jax.random.key(seed), temperature=temperature, n=n
     )
     pairs = [(task, plan) for task, group in zip(tasks, drawn) for plan in group]
-    rewards = plan_rewards(pairs, env=env, executors=executors, cache=cache, seeds=seeds).final
+    rewards = plan_rewards(pairs, env=env, executors=executors, cache=cache, seeds=seeds, alpha=alpha).final
     return Sampled(list(tasks), drawn, rewards.reshape(len(tasks), n))

@@ -78,6 +78,23 @@ class Planner:
             return self.tokenizer.encode(prompt, add_special_tokens=False)  # the template has its own
         return self.tokenizer.encode(prompt)
 
+    def written_ids(self, plan: Plan) -> list[int]:
+        """What the model would have written for an output, with the end of the text."""
+        return [*continuation_ids(self.tokenizer, plan.text), *text_end(self.tokenizer)]
+
+    def completion_ids(self, task: Task, plan: Plan, name: str) -> list[int]:
+        """The same for a plan that it is to write.
+
+        Raises:
+          ValueError: it is of broken format, or of more than `max_tokens`; `name` is where it comes from.
+        """
+        if not plan.ok:
+            raise ValueError(f"{name}: expected a plan of the right format, got {plan.reason!r} of {task.id!r}")
+        ids = self.written_ids(plan)
+        if len(ids) > self.max_tokens:
+            raise ValueError(f"{name}: expected at most max_tokens = {self.max_tokens}, got {len(ids)}")
+        return ids
+
     def read(self, out: Generation) -> list[Plan]:
         """The plans in outputs that were stopped at `PLAN_END`, which their tokens hold and their text leaves out."""
         plans = []
@@ -130,16 +147,11 @@ def train_sft(
     Raises:
       ValueError: no pairs, a plan of broken format, or one that does not fit into the model's context or `max_tokens`.
     """
-    config, rows = config or SFTConfig(), []
-    for index, (task, plan) in enumerate(pairs):
-        if not plan.ok:
-            raise ValueError(f"pairs[{index}]: expected a plan of the right format, got {plan.reason!r} of {task.id!r}")
-        completion = [*continuation_ids(planner.tokenizer, plan.text), *text_end(planner.tokenizer)]
-        if len(completion) > planner.max_tokens:
-            raise ValueError(
-                f"pairs[{index}]: expected at most max_tokens = {planner.max_tokens}, got {len(completion)}"
-            )
-        rows.append((planner.prompt_ids(task.instruction), completion))
+    config = config or SFTConfig()
+    rows = [
+        (planner.prompt_ids(task.instruction), planner.completion_ids(task, plan, f"pairs[{index}]"))
+        for index, (task, plan) in enumerate(pairs)
+    ]
     run = Supervised(planner.model, planner.params, rows, config, folder=folder)
     params = run.until(config.steps)
     return TrainResult(dataclasses.replace(planner, params=params), run.history)

@@ -19,6 +19,7 @@ from jaxlab.eaglet.executors import Executor
 from jaxlab.eaglet.pairs import PlanRewards, plan_rewards
 from jaxlab.eaglet.planner import Planner, train_sft
 from jaxlab.eaglet.plans import Plan
+from jaxlab.eaglet.preferences import DPOConfig, train_dpo
 from jaxlab.eaglet.reinforcement import PlanGRPOConfig, train_grpo
 from jaxlab.eaglet.rollouts import RolloutCache
 from jaxlab.eaglet.supervised import SFTConfig
@@ -38,6 +39,7 @@ METHODS = {
     "grpo_expert": "GRPO, gain of the expert",
     "grpo_novice": "GRPO, gain of the novice",
     "grpo_success": "GRPO, success",
+    "dpo": "DPO on best and worst plans",
     "packaged": "the package's planner",
     "best_of": "best of 8 (oracle)",
     "gold": "gold plan",
@@ -59,6 +61,7 @@ class StudyConfig:
       filter_seeds: episodes of each executor that the filter judges a plan by.
       sft: the cold start.
       grpo: the reinforcement; its `reward` is the method's, and its `max_completion_length` that of every output.
+      dpo: what is compared with the reinforcement, on pairs among 8 plans that the cold start draws for each task.
       methods: of `METHODS`.
       eval_seeds: episodes of each held-out task.
       seed: of faults, parameters, orders and draws.
@@ -72,6 +75,7 @@ class StudyConfig:
     filter_seeds: tuple[int, ...] = (0, 1)
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
     grpo: PlanGRPOConfig = dataclasses.field(default_factory=PlanGRPOConfig)
+    dpo: DPOConfig = dataclasses.field(default_factory=DPOConfig)
     methods: tuple[str, ...] = ("none", "other_type", "sft_all", "sft", "grpo", "gold")
     eval_seeds: tuple[int, ...] = (0, 1)
     seed: int = 0
@@ -199,9 +203,26 @@ class Study:
             return train_grpo(
                 start, self.train, env=self.where, executors=self.pair, config=grpo, cache=self.cache, folder=run
             ).planner
+        if method == "dpo":
+            dpo, start = dataclasses.replace(config.dpo, seed=config.seed), self.planner("sft")
+            return train_dpo(start, self._preferences(start), dpo, folder=run).planner
         pairs = self.plans() if method == "sft_all" else self.kept()
         sft = dataclasses.replace(config.sft, seed=config.seed)
         return train_sft(self.start(), [pair for pair in pairs if pair[1].ok], sft, folder=run).planner
+
+    def _preferences(self, planner: Planner) -> list[tuple[Task, Plan, Plan]]:
+        """Pairs of a planner's own plans, by the reward that the reinforcement pays."""
+        drawn = sample_plans(
+            planner,
+            self.train,
+            env=self.where,
+            executors=self.pair,
+            cache=self.cache,
+            seeds=self.config.grpo.seeds,
+            alpha=self.config.grpo.alpha,
+            seed=self.config.seed,
+        )
+        return drawn.preferences()
 
     def source(self, method: str, split: str) -> PlanSource | Planner | None:
         """Where a method's plans come from.

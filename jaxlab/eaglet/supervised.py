@@ -1,4 +1,4 @@
-"""Supervised training on prompts with their completions, for planners and executors; the loss is the library's."""
+"""Training that can be stopped and goes on: on prompts with their completions, for planners and executors."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxlab import core
-from jaxlab.training import OptimizerConfig, TokenBatch, TrainState, fit, lm_loss, make_train_step, optimizer
+from jaxlab.training import Loss, OptimizerConfig, TokenBatch, TrainState, fit, lm_loss, make_train_step, optimizer
 
 Row = tuple[Sequence[int], Sequence[int]]
 """Ids of a prompt, and of what is to follow it."""
@@ -44,36 +44,29 @@ class SFTConfig:
             object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, steps=self.steps))
 
 
-class CompletionBatches(Iterator[TokenBatch]):
-    """Batches of one prompt and completion a row, padded to the longest; only completions count in the loss.
+class RowBatches(Iterator[Any]):
+    """Batches of rows that lie in arrays, of which a subclass's `_batch` takes some.
 
     Batch number `step` depends on rows, size, seed and `step` alone; every epoch has an order of its own.
     """
 
-    def __init__(self, rows: Sequence[Row], *, batch_size: int, seed: int):
-        """Keeps the rows."""
-        size = -(-max(len(prompt) + len(completion) for prompt, completion in rows) // 16) * 16
-        self._tokens = np.zeros((len(rows), size + 1), np.int32)
-        self._counts = np.zeros((len(rows), size + 1), np.float32)
-        for line, counts, (prompt, completion) in zip(self._tokens, self._counts, rows):
-            whole = len(prompt) + len(completion)
-            line[:whole] = [*prompt, *completion]
-            counts[len(prompt) : whole] = 1
-        digest = hashlib.sha256(self._tokens.tobytes() + self._counts.tobytes()).hexdigest()[:12]
+    def __init__(self, arrays: Sequence[np.ndarray], *, batch_size: int, seed: int):
+        """Keeps `[N,...]` arrays; a position is one in these, batches of this size and this seed."""
+        self._arrays, self._size, self._seed, self._step = tuple(arrays), batch_size, seed, 0
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
         self._identity = {"rows": digest, "batch_size": batch_size, "seed": seed}
-        self._size, self._seed, self._step = batch_size, seed, 0
 
-    def __next__(self) -> TokenBatch:
+    def __next__(self) -> Any:
         """The next batch."""
-        count, chosen = len(self._tokens), []
+        count, chosen = len(self._arrays[0]), []
         for place in range(self._step * self._size, (self._step + 1) * self._size):
             epoch, index = divmod(place, count)
             chosen.append(int(np.random.default_rng((self._seed, epoch)).permutation(count)[index]))
         self._step += 1
-        tokens, counts = self._tokens[chosen], self._counts[chosen]
-        positions = np.broadcast_to(np.arange(tokens.shape[1] - 1, dtype=np.int32), tokens[:, 1:].shape)
-        ones = np.ones_like(tokens[:, 1:])  # padding lies behind everything that counts
-        return TokenBatch(tokens[:, :-1], tokens[:, 1:], positions, ones, counts[:, 1:])
+        return self._batch(np.array(chosen))
+
+    def _batch(self, rows: np.ndarray) -> Any:
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """The position, with what it is a position in."""
@@ -91,14 +84,53 @@ class CompletionBatches(Iterator[TokenBatch]):
         self._step = int(state["step"])
 
 
-class Supervised:
+class CompletionBatches(RowBatches):
+    """Batches of one prompt and completion a row, padded to the longest; only completions count in the loss."""
+
+    def __init__(self, rows: Sequence[Row], *, batch_size: int, seed: int):
+        """Lays the rows out."""
+        size = padded_length(rows)
+        tokens = np.zeros((len(rows), size + 1), np.int32)
+        counts = np.zeros((len(rows), size + 1), np.float32)
+        for line, counted, (prompt, completion) in zip(tokens, counts, rows):
+            whole = len(prompt) + len(completion)
+            line[:whole] = [*prompt, *completion]
+            counted[len(prompt) : whole] = 1
+        super().__init__((tokens, counts), batch_size=batch_size, seed=seed)
+
+    def _batch(self, rows: np.ndarray) -> TokenBatch:
+        tokens, counts = (array[rows] for array in self._arrays)
+        positions = np.broadcast_to(np.arange(tokens.shape[1] - 1, dtype=np.int32), tokens[:, 1:].shape)
+        ones = np.ones_like(tokens[:, 1:])  # padding lies behind everything that counts
+        return TokenBatch(tokens[:, :-1], tokens[:, 1:], positions, ones, counts[:, 1:])
+
+
+def padded_length(rows: Sequence[Row]) -> int:
+    """Tokens of the longest row, up to a multiple of 16."""
+    return -(-max(len(prompt) + len(completion) for prompt, completion in rows) // 16) * 16
+
+
+def check_rows(name: str, model: Any, rows: Sequence[Row]) -> None:
+    """Refuses what cannot be trained on.
+
+    Raises:
+      ValueError: no rows, or one that is longer than the model's context; `name` is the argument they came as.
+    """
+    if not rows:
+        raise ValueError(f"{name}: expected at least one to train on, got none")
+    longest, room = max(len(prompt) + len(rest) for prompt, rest in rows), model.config.max_position_embeddings
+    if longest > room:
+        raise ValueError(f"{name}: expected prompt and completion of at most {room} tokens, got {longest}")
+
+
+class TrainingRun:
     """A run that can be stopped on the way: `until(step)` trains so far, and gives the parameters."""
 
     def __init__(
         self,
-        model: Any,
         params: Any,
-        rows: Sequence[Row],
+        loss: Loss,
+        batches: RowBatches,
         config: SFTConfig,
         *,
         folder: str | os.PathLike | None = None,
@@ -106,27 +138,19 @@ class Supervised:
         """Lays out the state.
 
         Args:
-          model: a `Decoder`.
           params: where it starts; they are copied.
-          rows: prompts with completions.
+          loss: of a batch.
+          batches: what it learns from.
           config: of the run.
           folder: for metrics and checkpoints; a run found there goes on.
-
-        Raises:
-          ValueError: no rows, or one that is longer than the model's context.
         """
-        if not rows:
-            raise ValueError("pairs: expected at least one to train on, got none")
-        longest, room = max(len(prompt) + len(rest) for prompt, rest in rows), model.config.max_position_embeddings
-        if longest > room:
-            raise ValueError(f"pairs: expected prompt and completion of at most {room} tokens, got {longest}")
         self._config, self._folder = config, None if folder is None else Path(folder)
-        self._batches = CompletionBatches(rows, batch_size=config.batch_size, seed=config.seed)
+        self._batches = batches
         tx, key = optimizer(config.optimizer), core.named_key(jax.random.key(config.seed), "supervised")
         self._state = TrainState.create(jax.tree.map(jax.numpy.copy, params), tx, key)
-        update = make_train_step(lm_loss(model), tx)
+        update = make_train_step(loss, tx)
 
-        def step(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, Any]]:
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
             state, metrics = update(state, batch)
             self._metrics.append(metrics)
             return state, metrics
@@ -157,3 +181,25 @@ class Supervised:
                 logger=logger,
             )
         return jax.tree.map(jax.numpy.copy, self._state.params)
+
+
+class Supervised(TrainingRun):
+    """The run on prompts with their completions."""
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        rows: Sequence[Row],
+        config: SFTConfig,
+        *,
+        folder: str | os.PathLike | None = None,
+    ):
+        """Takes a `Decoder` and what it is to learn; else as in `TrainingRun`.
+
+        Raises:
+          ValueError: no rows, or one that is longer than the model's context.
+        """
+        check_rows("pairs", model, rows)
+        batches = CompletionBatches(rows, batch_size=config.batch_size, seed=config.seed)
+        super().__init__(params, lm_loss(model), batches, config, folder=folder)

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab import core
 from jaxlab.eaglet import (
     GridGuide,
     GridQuestEnv,
@@ -24,17 +23,13 @@ from jaxlab.eaglet import (
 )
 from jaxlab.rl import SFPOConfig
 from tests.eaglet import toys
-from tests.eaglet.toys import BROKEN, TASK, EchoEnv, Says, plan, task
+from tests.eaglet.toys import BROKEN, TASK, EchoEnv, Says, equal, killed_at, plan, task
 
 EXPERT, NOVICE = Says("expert", "half"), Says("novice", "huh")
 SFT = SFTConfig(steps=60, batch_size=8, optimizer=toys.adam(1e-2))
 GRPO = PlanGRPOConfig(
     prompts_per_step=2, num_generations=4, max_completion_length=16, max_prompt_length=16, learning_rate=2e-3, steps=12
 )
-
-
-def equal(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -80,26 +75,12 @@ def test_the_planner_that_comes_with_the_package(tmp_path):
 
 def test_a_cold_start_goes_on(start, trained, tmp_path):
     pairs, early = [(TASK, plan("yes")), (TASK, plan("huh"))], dataclasses.replace(SFT, checkpoint_every=7)
-    with pytest.raises(KeyboardInterrupt):
-        _killed_at(20, lambda: train_sft(start, pairs, early, folder=tmp_path))
+    killed_at(20, lambda: train_sft(start, pairs, early, folder=tmp_path))
     again = train_sft(start, pairs, early, folder=tmp_path)
     assert again.history[0]["step"] == 15
     assert equal(again.planner.params, trained.planner.params)
     with pytest.raises(ValueError, match="batches: expected a position with rows"):
         train_sft(start, pairs[:1], dataclasses.replace(early, steps=61), folder=tmp_path)
-
-
-def _killed_at(step, run):
-    log = core.MetricsLogger.log
-
-    def stop(self, index, values):
-        log(self, index, values)
-        if index == step:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core.MetricsLogger, "log", stop)
-        run()
 
 
 def test_bad_inputs_of_the_cold_start(start):
@@ -137,8 +118,7 @@ def test_reinforcement(trained, tmp_path):
     assert {"kl", "sampling_seconds", "reward_seconds", "zero_variance_fraction"} < first.keys()
 
     options["config"] = dataclasses.replace(GRPO, checkpoint_every=5)
-    with pytest.raises(KeyboardInterrupt):
-        _killed_at(8, lambda: train_grpo(trained.planner, tasks, folder=tmp_path, **options))
+    killed_at(8, lambda: train_grpo(trained.planner, tasks, folder=tmp_path, **options))
     again = train_grpo(trained.planner, tasks, folder=tmp_path, **options)
     assert [row["step"] for row in again.history] == list(range(6, 13))
     assert equal(again.planner.params, got.planner.params)

@@ -6,7 +6,10 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
+import pytest
 
+from jaxlab import core
 from jaxlab.eaglet import Executor, Plan, Task, TextEnv, format_plan, word_tokenizer
 from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
 from jaxlab.training import OptimizerConfig
@@ -122,3 +125,23 @@ def decoder(context=96):
 def adam(rate):
     """An optimiser's config."""
     return OptimizerConfig(learning_rate=rate)
+
+
+def equal(one, other):
+    """Whether two trees of arrays are the same to the bit."""
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def killed_at(step, run):
+    """Ends a run where it logs a step."""
+    log = core.MetricsLogger.log
+
+    def stop(self, index, values):
+        log(self, index, values)
+        if index == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core.MetricsLogger, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()

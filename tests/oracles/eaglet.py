@@ -27,3 +27,11 @@ def advantages(group, eps=1e-6):
     mean = math.fsum(group) / len(group)
     deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / len(group))
     return [0.0 if len(set(group)) == 1 else (r - mean) / (deviation + eps) for r in group]
+
+
+def preference(policy, reference, beta):
+    """DPO (arXiv 2305.18290), equation 7: the loss of one pair (better, worse), its slope in either one."""
+    z = beta * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
+    loss = math.log1p(math.exp(-abs(z))) + max(-z, 0.0)
+    away = beta * (1.0 / (1.0 + math.exp(z)) if z < 700 else 0.0)
+    return loss, (-away, away)
