@@ -32,7 +32,7 @@ class DPOConfig(SFTConfig):
 
     beta: int | float = 0.1
     steps: int = 100
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=2e-4))
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=5e-5))
 
     def __post_init__(self):
         super().__post_init__()

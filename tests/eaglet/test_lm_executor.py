@@ -136,6 +136,29 @@ def test_no_plan_is_cut():
         lm.act(context("yes " * 50))
 
 
+def test_a_model_is_plugged_in_as_it_is(tmp_path, monkeypatch):
+    """From its folder into an environment that lists commands, and one that does not; the evidence's own path."""
+    from benchmarks.evidence import eaglet_language_model as evidence
+
+    class Silent(EchoEnv):
+        def commands(self):
+            return ()
+
+    assert len({item.name for item in evidence.items()}) == 4
+    monkeypatch.setattr(evidence, "SOURCE", executor().save(tmp_path / "model"))
+    monkeypatch.setattr(evidence, "OPTIONS", {"length": 64, "max_tokens": 4})
+    monkeypatch.setattr(
+        evidence, "WORLDS",
+        {name: evidence.World(name, make, lambda env: env.tasks("seen"), "You said") for name, make in
+         (("echo", EchoEnv), ("silent", Silent))},
+    )  # fmt: skip
+    evidence._executor.cache_clear()
+    rows = [evidence._row(name, plans) for name, plans in (("echo", "none"), ("echo", "gold"), ("silent", "gold"))]
+    evidence._executor.cache_clear()
+    assert [(row["world"], row["plans"]) for row in rows] == [("echo", "none"), ("echo", "gold"), ("silent", "gold")]
+    assert all(1 <= row["actions"] <= 5 and row["understood"] == 0 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
