@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -20,11 +22,12 @@ CHANGES = (
     "world.options={size: 4, n_tasks: 8}",
     "world.held_out=4",
     "planner={hidden_size: 32, layers: 1, heads: 2, context: 64}",
-    "sft.steps=30",
+    "sft.steps=100",
     "grpo.prompts_per_step=2",
     "grpo.num_generations=4",
     "grpo.steps=2",
     "grpo.seeds=[0]",
+    "dpo.steps=2",
     "methods=[none, other_type, grpo, gold]",
 )
 
@@ -75,14 +78,13 @@ def test_stages_are_read_again(report, folder, monkeypatch):
         ("synth", ("--show", "1"), ["8 plans, 8 of the right format"]),
         ("filter", (), ["of 8 plans kept", "of those dropped have a fault"]),
         ("sft", (), ["planner:", "sft"]),
-        ("rl", ("--export", "{folder}/exported"), ["2 updates: reward", "environment steps", "exported"]),
+        ("rl", (), ["2 updates: reward", "environment steps"]),
         ("eval", ("--method", "gold", "--split", "unseen"), ["without a plan", "novice", "success"]),
         ("play", ("--method", "gold", "--number", "1"), ["Task: Brew the", "Plan: use", "with it", "reward"]),
         ("play", ("--method", "none", "--executor", "other"), ["Plan: (none)"]),
     ],
 )
 def test_commands(report, folder, verb, options, told):
-    options = [each.format(folder=folder) for each in options]
     result = CliRunner().invoke(app, ["eaglet", verb, CONFIG, *CHANGES, "--folder", str(folder), *options])
     assert result.exit_code == 0, result.output
     for text in told:
@@ -97,9 +99,29 @@ def test_play_needs_nothing_and_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_exported(report, folder):
-    config = json.loads((folder / "exported" / "config.json").read_text())
-    assert config["torch_dtype"] == "float16"
+def test_preferences_of_a_study(report, folder):
+    """Its folder is one of before there was such a setting."""
+    path = folder / "study.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in saved.items() if name != "dpo"}))
+    study = Study(config(f"folder={folder}"), folder)
+    start = study.planner("sft")
+    pairs = study._preferences(start)
+    assert all(better.ok and better.text != worse.text for _, better, worse in pairs)
+    assert any(not np.array_equal(*pair) for pair in zip(*map(leaves, (start, study.planner("dpo")))))
+    assert json.loads(path.read_text()) == saved
+
+
+def leaves(planner):
+    return jax.tree.leaves(planner.params)
+
+
+def test_a_planner_is_exported(report, folder, tmp_path):
+    place = tmp_path / "exported"
+    options = ("--folder", str(folder), "--export", str(place))
+    result = CliRunner().invoke(app, ["eaglet", "rl", CONFIG, *CHANGES, *options])
+    assert result.exit_code == 0, result.output
+    assert json.loads((place / "config.json").read_text())["torch_dtype"] == "float16"
 
 
 @pytest.mark.parametrize(
