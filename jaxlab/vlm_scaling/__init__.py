@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from jaxlab.core import lazy
 
 if TYPE_CHECKING:
+    from jaxlab.vlm_scaling.budget import Choice, choose
     from jaxlab.vlm_scaling.cost import Meter, Tokens
     from jaxlab.vlm_scaling.report import Report, Row
     from jaxlab.vlm_scaling.samples import Question, Sample
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _MODULES = (
     "adapters",
     "aha",
+    "budget",
     "cost",
     "endpoint",
     "extract",
@@ -51,6 +53,7 @@ _MODULES = (
 __all__ = [
     "BestOfN",
     "BudgetForce",
+    "Choice",
     "FilteredVote",
     "Greedy",
     "Majority",
@@ -66,6 +69,7 @@ __all__ = [
     "Study",
     "Tokens",
     "WeightedVote",
+    "choose",
     "split",
     *_MODULES,
 ]
@@ -73,6 +77,7 @@ __all__ = [
 __getattr__, __dir__ = lazy.attach(
     __name__,
     {
+        "budget": ("Choice", "choose"),
         "cost": ("Meter", "Tokens"),
         "report": ("Report", "Row"),
         "samples": ("Question", "Sample"),

@@ -44,7 +44,9 @@ class Report:
       table: one row a strategy, in the order given.
       baseline: what the others are tested against.
       questions: ids, [Q].
+      clusters: [Q], what is independent: labels of the questions' images.
       outcomes: strategy -> [Q], 1 right, 0 wrong, or an expectation.
+      tokens: strategy -> [Q], of all kinds.
       answers: strategy -> answers given.
       transitions: strategy -> what became of first answers, for those that revise.
       verdicts: verifier mode -> how good its verdicts are.
@@ -55,7 +57,9 @@ class Report:
     table: tuple[Row, ...]
     baseline: str
     questions: tuple[str, ...]
+    clusters: tuple[str, ...]
     outcomes: Mapping[str, np.ndarray]
+    tokens: Mapping[str, np.ndarray]
     answers: Mapping[str, tuple[str | None, ...]]
     transitions: Mapping[str, Mapping[str, int]]
     verdicts: Mapping[str, VerdictMetrics]
@@ -74,17 +78,16 @@ class Report:
 
     def frontier(self) -> list[Row]:
         """The selectable strategies that no other beats with as few tokens, cheapest first."""
-        best, rows = -math.inf, []
-        for row in sorted(self.table, key=lambda row: (row.tokens.total, -row.accuracy.mean)):
-            if row.selectable and row.accuracy.mean > best:
-                best = row.accuracy.mean
-                rows.append(row)
-        return rows
+        rows = {row.strategy: row for row in self.table if row.selectable}
+        return [
+            rows[name] for name in undominated({name: row.tokens.total for name, row in rows.items()}, self.accuracy)
+        ]
 
     def recommend(self, budget: float) -> Row:
         """The most accurate selectable strategy within a budget, with its expected accuracy: compute-optimal.
 
-        To be asked of a study on a dev split (`split`); on the questions it is to be used for it flatters itself.
+        To be asked of a study on a dev split (`split`); on the questions it is to be used for it flatters itself, and
+        `choose` is the honest way.
 
         Args:
           budget: tokens a question, of all kinds.
@@ -121,6 +124,16 @@ class Report:
 
 def _shown(cell: str | float | None) -> str:
     return "" if cell is None else cell if isinstance(cell, str) else f"{cell:.4g}"
+
+
+def undominated(tokens: Mapping[str, float], accuracy: Mapping[str, float]) -> list[str]:
+    """The names in `tokens` that no other beats in accuracy with as few tokens, cheapest first; of equals the first."""
+    best, names = -math.inf, []
+    for name in sorted(tokens, key=lambda name: (tokens[name], -accuracy[name])):
+        if accuracy[name] > best:
+            best = accuracy[name]
+            names.append(name)
+    return names
 
 
 def make_report(
@@ -183,7 +196,9 @@ def make_report(
         table=tuple(rows),
         baseline=baseline,
         questions=tuple(questions),
+        clusters=tuple(clusters),
         outcomes=arrays,
+        tokens={name: np.array([each.total for each in taken], np.float64) for name, taken in tokens.items()},
         answers={name: tuple(given) for name, given in answers.items()},
         transitions=transitions,
         verdicts=verdicts,

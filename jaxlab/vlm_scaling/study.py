@@ -10,7 +10,7 @@ import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxlab.vlm_scaling import images
@@ -165,13 +165,22 @@ def split(questions: Sequence[Question], share: float, *, seed: int = 0) -> tupl
     Raises:
       ValueError: a share outside (0, 1).
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share: expected a value in (0, 1), got {share}")
     labels = {question.id: images.label(question.images) or f"question {question.id}" for question in questions}
-    groups = sorted(set(labels.values()))
-    random.Random(seed).shuffle(groups)
-    dev = set(groups[: round(share * len(groups))])
+    dev = drawn(labels.values(), share, seed)
     return (
         [question for question in questions if labels[question.id] in dev],
         [question for question in questions if labels[question.id] not in dev],
     )
+
+
+def drawn(labels: Iterable[str], share: float, seed: int) -> set[str]:
+    """Of the different labels a share, drawn; not dependent on their order.
+
+    Raises:
+      ValueError: a share outside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected a value in (0, 1), got {share}")
+    groups = sorted(set(labels))
+    random.Random(seed).shuffle(groups)
+    return set(groups[: round(share * len(groups))])
