@@ -175,6 +175,7 @@ def _largest(
     hf_config: Mapping[str, Any], target: "Target", sizes: Callable[[int], dict[str, Any]], settings: dict[str, Any]
 ) -> int:
     """The largest n whose plan fits while that of n + 1, which is compiled too, does not."""
+    from jaxlab.core.plan import search
     from jaxlab.models.cost import kv_cache_bytes
     from jaxlab.puzzlemoe.memory import estimate_memory
 
@@ -186,29 +187,6 @@ def _largest(
         start=estimate_memory(hf_config, settings.get("ratio", 0.0)).total_bytes,
         least=kv_cache_bytes(model.config, one["batch"], one["context"]),
     )
-
-
-def search(total: Callable[[int], int], *, limit: int, start: int, least: int) -> int:
-    """The largest n >= 0 with `total(n) <= limit`, by few calls where `total` is nearly linear.
-
-    Args:
-        total: grows with n; called for what is returned (unless that is 0) and for the n above it.
-        limit: what total(n) may be.
-        start: a lower bound of total(1).
-        least: a lower bound of total(n + 1) - total(n).
-    """
-    low, low_total, high = 0, start, math.inf
-    slope = 1.25 * least  # what comes with it, roughly: the first call should land below n, but not far
-    while start <= limit and high - low > 1:
-        guess = low + max(1, math.floor((limit - low_total) / slope))
-        guess = guess if guess < high else int(high) - 1
-        made = total(guess)
-        slope = max(least, (made - low_total) / (guess - low))
-        if made <= limit:
-            low, low_total = guess, made
-        else:
-            high = guess
-    return low
 
 
 @dataclasses.dataclass(frozen=True)

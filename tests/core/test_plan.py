@@ -378,3 +378,23 @@ def test_the_example_of_the_package_runs(capsys):
     example = [line[4:] for line in plan.__doc__.splitlines() if line.startswith("    ")]
     exec("\n".join(example), {"jax": jax})
     assert "64 devices, fsdp 8 x tensor 8" in capsys.readouterr().out
+
+
+def test_search_finds_the_last_that_fits_in_few_calls():
+    def made(total, limit, start, least):
+        calls = []
+
+        def counted(n):
+            calls.append(n)
+            return total(n)
+
+        return plan.search(counted, limit=limit, start=start, least=least), calls
+
+    for total in (lambda n: 1000 + 10 * n, lambda n: 1300 + 13 * n, lambda n: 1000 + 30 * n + (n % 7) * 3):
+        for limit in (1000, 1009, 1313, 5000, 54321):
+            best = max((n for n in range(6000) if n and total(n) <= limit), default=0)
+            found, calls = made(total, limit, 1000, 10)
+            assert found == best
+            assert {best + 1, best or 1} <= set(calls)
+            assert len(calls) <= 8
+    assert made(lambda n: n, 5, 6, 1) == (0, [])

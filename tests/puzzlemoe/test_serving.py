@@ -99,26 +99,6 @@ def test_a_layer_of_a_pool_is_that_layer():
                 np.testing.assert_array_equal(one.dense_up[at - layers * pairs], dense["dense_up"][layer, slot - pairs])
 
 
-def test_search_finds_the_last_that_fits_in_few_calls():
-    def made(total, limit, start, least):
-        calls = []
-
-        def counted(n):
-            calls.append(n)
-            return total(n)
-
-        return serving.search(counted, limit=limit, start=start, least=least), calls
-
-    for total in (lambda n: 1000 + 10 * n, lambda n: 1300 + 13 * n, lambda n: 1000 + 30 * n + (n % 7) * 3):
-        for limit in (1000, 1009, 1313, 5000, 54321):
-            best = max((n for n in range(6000) if n and total(n) <= limit), default=0)
-            found, calls = made(total, limit, 1000, 10)
-            assert found == best
-            assert {best + 1, best or 1} <= set(calls)
-            assert len(calls) <= 8
-    assert made(lambda n: n, 5, 6, 1) == (0, [])
-
-
 def test_largest_batch_and_longest_context(monkeypatch):
     """From plans of which a row takes its cache and a tenth of it, beside a tenth of the weights."""
     weights = estimate_memory(TINY, 0.5).total_bytes

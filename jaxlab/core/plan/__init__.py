@@ -14,6 +14,7 @@ from jaxlab.core.plan.hlo import Collective
 from jaxlab.core.plan.hlo import collectives as collectives_of
 from jaxlab.core.plan.planning import KINDS, Plan, compile, kernels_of
 from jaxlab.core.plan.ptx import Kernel
+from jaxlab.core.plan.searching import search
 from jaxlab.core.plan.targets import GPUS, PRESETS, Target, target
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "collectives_of",
     "compile",
     "kernels_of",
+    "search",
     "target",
 ]
