@@ -19,16 +19,15 @@ from jaxlab.eaglet import (
     PlanGRPOConfig,
     Planner,
     ScriptedExecutor,
-    SFTConfig,
     train_grpo,
     train_sft,
-    word_tokenizer,
 )
 from jaxlab.eaglet.cloning import demonstrations, world_texts
 from jaxlab.eaglet.prompts import executor_prompt
 from jaxlab.eaglet.worlds import Sizes
+from jaxlab.models import word_tokenizer
 from jaxlab.models.decoder import init_params
-from jaxlab.training import OptimizerConfig
+from jaxlab.training import OptimizerConfig, SFTConfig
 
 SYSTEM = "eaglet"
 BATCH = 8

@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     from jaxlab.eaglet.preferences import DPOConfig, dpo_loss, train_dpo
     from jaxlab.eaglet.reinforcement import PlanGRPOConfig, train_grpo
     from jaxlab.eaglet.rollouts import Rollout, RolloutCache, rollout
-    from jaxlab.eaglet.supervised import SFTConfig
     from jaxlab.eaglet.synth import GoldPathPlanSource, OpenAIPlanSource, PlanSource, PlanSourceError
-    from jaxlab.eaglet.words import word_tokenizer
 
 __all__ = [
     "ALFWorldEnv",
@@ -73,7 +71,6 @@ __all__ = [
     "ReasoningGymEnv",
     "Rollout",
     "RolloutCache",
-    "SFTConfig",
     "Sampled",
     "ScienceWorldEnv",
     "ScriptedExecutor",
@@ -105,7 +102,6 @@ __all__ = [
     "train_dpo",
     "train_grpo",
     "train_sft",
-    "word_tokenizer",
 ]
 
 __getattr__, __dir__ = lazy.attach(
@@ -155,8 +151,6 @@ __getattr__, __dir__ = lazy.attach(
             "PlanGRPOConfig",
             "train_grpo",
         ),
-        "supervised": ("SFTConfig",),
-        "words": ("word_tokenizer",),
         "synth": ("GoldPathPlanSource", "OpenAIPlanSource", "PlanSource", "PlanSourceError"),
     },
 )

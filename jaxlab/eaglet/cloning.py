@@ -18,7 +18,7 @@ from jaxlab.eaglet.lm_executor import LMExecutor
 from jaxlab.eaglet.plans import Plan
 from jaxlab.eaglet.prompts import ExecutorPrompt, command_ids, executor_prompt, fitted
 from jaxlab.eaglet.rollouts import rollout
-from jaxlab.eaglet.supervised import SFTConfig, Supervised
+from jaxlab.training import SFTConfig, Supervised
 
 Demonstration = tuple[Context, str]
 """What was known, and what a teacher did."""

@@ -12,9 +12,9 @@ from jaxtyping import Array
 from jaxlab.eaglet.envs.base import Task
 from jaxlab.eaglet.plans import Plan
 from jaxlab.eaglet.prompts import continuation_ids, planner_prompt, text_end
-from jaxlab.eaglet.supervised import SFTConfig, Supervised
 from jaxlab.inference import Generation, SamplingParams, generate
 from jaxlab.models import load_pretrained, load_tokenizer, save_pretrained
+from jaxlab.training import SFTConfig, Supervised
 
 PLAN_END = "</plan>"
 _PACKAGED = Path(__file__).resolve().parent / "grid_planner"

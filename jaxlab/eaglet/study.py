@@ -22,12 +22,12 @@ from jaxlab.eaglet.plans import Plan
 from jaxlab.eaglet.preferences import DPOConfig, train_dpo
 from jaxlab.eaglet.reinforcement import PlanGRPOConfig, train_grpo
 from jaxlab.eaglet.rollouts import RolloutCache
-from jaxlab.eaglet.supervised import SFTConfig
 from jaxlab.eaglet.synth import GoldPathPlanSource, PlanSource
-from jaxlab.eaglet.words import word_tokenizer
 from jaxlab.eaglet.worlds import ExecutorsConfig, Sizes, WorldConfig, make_executors
+from jaxlab.models import word_tokenizer
 from jaxlab.models.decoder import init_params
 from jaxlab.rl.config import check_choice
+from jaxlab.training import SFTConfig
 
 METHODS = {
     "none": "no plan",

@@ -14,11 +14,11 @@ from jaxlab.eaglet.envs import GridGuide, GridQuestEnv, ScienceWorldEnv, Task, T
 from jaxlab.eaglet.executors import Executor, GoldGuide, Guide, ScriptedExecutor
 from jaxlab.eaglet.lm_executor import LMExecutor
 from jaxlab.eaglet.prompts import ExecutorPrompt, executor_prompt
-from jaxlab.eaglet.supervised import SFTConfig
 from jaxlab.eaglet.synth import GoldPathPlanSource
-from jaxlab.eaglet.words import word_tokenizer
+from jaxlab.models import word_tokenizer
 from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
 from jaxlab.rl.config import check_choice
+from jaxlab.training import SFTConfig
 
 WORLDS: dict[str, Callable[..., TextEnv]] = {
     "grid_quest": GridQuestEnv,

@@ -183,7 +183,7 @@ class Batch:
 
     Args are those of `generate`; everything is checked here. Beside `prompts` of ids may stand what they are `embedded`
     as, one `Embedded` each. With `keys`, one of each prompt, a row draws with `fold_in(key of its prompt, its sample)`
-    in place of `fold_in(rng, row)`.
+    in place of `fold_in(rng, row)`; `samples` says which n samples of each are drawn, in place of the first n.
     """
 
     def __init__(
@@ -201,6 +201,7 @@ class Batch:
         prompt_length: int | None = None,
         embedded: Sequence[Embedded] | None = None,
         keys: Sequence[Array] | None = None,
+        samples: Sequence[int] | None = None,
     ):
         n = _sample_count(n)
         if sampling.temperature > 0 and rng is None and keys is None:
@@ -224,7 +225,7 @@ class Batch:
         longest = max(map(len, ids))
         if prompt_length is not None and prompt_length < longest:
             raise ValueError(f"prompt_length: expected at least the longest prompt's {longest}, got {prompt_length}")
-        self._arrays(ids, n, rng, sampling, prompt_length or longest, embedded, keys)
+        self._arrays(ids, n, rng, sampling, prompt_length or longest, embedded, keys, samples)
 
     def _arrays(
         self,
@@ -235,6 +236,7 @@ class Batch:
         longest: int,
         embedded: Sequence[Embedded] | None,
         keys: Sequence[Array] | None,
+        samples: Sequence[int] | None,
     ) -> None:
         spread = 1 if self._mesh is None else self._mesh.shape.get("data", 1) * self._mesh.shape.get("fsdp", 1)
         shape = (spread * _bucket(-(-len(ids) // spread)), _bucket(longest, 16))
@@ -246,17 +248,18 @@ class Batch:
         stop_ids[: len(self.stop_ids)] = self.stop_ids
         index = np.arange(shape[0] * n, dtype=np.int32)
         prompt = index // n
+        own = np.asarray(range(n) if samples is None else samples, np.int32)
         given = keys or [jax.random.key(0) if rng is None else rng]
         typed = jnp.issubdtype(given[0].dtype, jax.dtypes.prng_key)
         key_data = np.stack([np.asarray(jax.random.key_data(key) if typed else key) for key in given])
         rope_delta = None
         if embedded is not None:
             rope_delta = np.array([own.rope_delta for own in embedded], np.int32)[np.minimum(prompt, len(ids) - 1)]
-        self._prompts = tokens, positions, *_padded(embedded, shape)
+        self._prompts = tokens, positions, *padded(embedded, shape)
         self._rows = _Rows(
             prompt=prompt,
             real=index < self.count,
-            index=index if keys is None else index % n,
+            index=index if keys is None else own[index % n],
             key_data=key_data[np.minimum(prompt, len(given) - 1)],
             sampling=SamplingArrays.stack([sampling] * len(index)),
             stop_ids=stop_ids,
@@ -343,7 +346,7 @@ def _bucket(size: int, least: int = 1) -> int:
     return 1 << (max(size, least) - 1).bit_length()
 
 
-def _padded(embedded: Sequence[Embedded] | None, shape: tuple[int, int]) -> tuple[Any, Any]:
+def padded(embedded: Sequence[Embedded] | None, shape: tuple[int, int]) -> tuple[Any, Any]:
     """Embeddings `[P,T,D]` and M-RoPE positions `[P,3,T]` of all prompts, zeros where padded; None without."""
     if embedded is None:
         return None, None

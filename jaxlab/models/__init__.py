@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxlab.models import cost, decoder, load
     from jaxlab.models.pretrained import load_pretrained, save_pretrained
     from jaxlab.models.tokenizer import ByteTokenizer, Tokenizer, chat_prompt, load_tokenizer
+    from jaxlab.models.words import word_tokenizer
 
 __all__ = [
     "ByteTokenizer",
@@ -29,6 +30,7 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "save_pretrained",
+    "word_tokenizer",
 ]
 
 __getattr__, __dir__ = lazy.attach(
@@ -36,6 +38,7 @@ __getattr__, __dir__ = lazy.attach(
     {
         "pretrained": ("load_pretrained", "save_pretrained"),
         "tokenizer": ("ByteTokenizer", "Tokenizer", "chat_prompt", "load_tokenizer"),
+        "words": ("word_tokenizer",),
     },
     modules=("cost", "decoder", "load"),
 )

@@ -49,14 +49,34 @@ def text_logps(
         length: T, tokens of a completion at most; what lies beyond a row's completion is without meaning.
         temperature: divides the logits.
     """
+    hidden = model.apply({"params": params}, jnp.asarray(inputs.tokens)).hidden
+    return completion_logps(hidden, head_weight(params), inputs, length=length, temperature=temperature)
+
+
+def completion_logps(
+    hidden: Float[Array, "B S D"],
+    head: Float[Array, "D V"],
+    inputs: TextInputs,
+    *,
+    length: int,
+    temperature: float | Array = 1.0,
+) -> TokenLogps:
+    """The second half of `text_logps`, for a model of another kind.
+
+    Args:
+        hidden: final hidden states of `inputs.tokens`.
+        head: of the model.
+        inputs: as in `text_logps`, like the next two.
+        length: T.
+        temperature: divides the logits.
+    """
     tokens, starts = jnp.asarray(inputs.tokens), jnp.asarray(inputs.starts)
-    hidden = model.apply({"params": params}, tokens).hidden
     # The token at position p was drawn from the hidden state at p - 1.
     before = jnp.minimum(starts[:, None] - 1 + jnp.arange(length), tokens.shape[1] - 2)
     hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
     targets = jnp.take_along_axis(tokens, before + 1, axis=1)
-    head = head_weight(params).astype(hidden.dtype)
-    return _over_rows(functools.partial(_heads, temperature=temperature), hidden, head, targets)
+    heads = functools.partial(_heads, temperature=temperature)
+    return _over_rows(heads, hidden, head.astype(hidden.dtype), targets)
 
 
 def _heads(hidden: Array, head: Array, targets: Array, *, temperature: float | Array) -> TokenLogps:

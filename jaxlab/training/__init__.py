@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from jaxlab.training.loss import Loss, LossOutput, cross_entropy, lm_loss, perplexity
     from jaxlab.training.run import TrainConfig, Trainer, plan, train, trained
     from jaxlab.training.step import TrainState, make_train_step
+    from jaxlab.training.supervised import CompletionBatches, SFTConfig, Supervised
     from jaxlab.training.text import TextBatches, TokenBatch, documents, split_documents, text_batches
 
 __all__ = [
+    "CompletionBatches",
     "Loss",
     "LossOutput",
     "OptimizerConfig",
+    "SFTConfig",
+    "Supervised",
     "TextBatches",
     "TokenBatch",
     "TrainConfig",
@@ -61,6 +65,7 @@ __getattr__, __dir__ = lazy.attach(
         "loss": ("Loss", "LossOutput", "cross_entropy", "lm_loss", "perplexity"),
         "run": ("TrainConfig", "Trainer", "plan", "train", "trained"),
         "step": ("TrainState", "make_train_step"),
+        "supervised": ("CompletionBatches", "SFTConfig", "Supervised"),
         "text": ("TextBatches", "TokenBatch", "documents", "split_documents", "text_batches"),
     },
 )

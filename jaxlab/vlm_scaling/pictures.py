@@ -1,6 +1,9 @@
-"""The pictures of reports: accuracy against what it takes."""
+"""The pictures of reports: accuracy against what it takes, and what verdicts rest on."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from jaxlab.core.figures import COLOURS, GREY, figure
 from jaxlab.vlm_scaling.report import Report, Row
@@ -84,3 +87,22 @@ def _family(axes: Any, family: str, rows: list[Row], colour: str, index: int) ->
             color=colour,
             fontsize=8,
         )
+
+
+def verdicts(reports: Mapping[str, Report], modes: Sequence[str]) -> Any:
+    """Balanced accuracy of verdicts by what the verifier is shown, for each model; 0.5 is chance."""
+    drawn, axes = figure(8.0, 1.4 + 0.36 * len(modes) * len(reports))
+    height = 0.8 / len(reports)
+    for place, (name, report) in enumerate(reports.items()):
+        values = [report.verdicts[mode].balanced_accuracy for mode in modes]
+        at = np.arange(len(modes)) + (place - (len(reports) - 1) / 2) * height
+        axes.barh(at, values, height * 0.92, color=COLOURS[place % len(COLOURS)], label=name)
+        for y, value in zip(at, values):
+            axes.text(value + 0.01, y, f"{value:.2f}", va="center", fontsize=8)
+    axes.axvline(0.5, color=GREY, linewidth=1.0, linestyle="--")
+    axes.set_yticks(range(len(modes)), modes)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.08)
+    axes.set_xlabel("balanced accuracy of verdicts")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return drawn

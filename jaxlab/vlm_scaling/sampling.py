@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxlab.core import named_key
-from jaxlab.inference.batch import Batch, Embedded
+from jaxlab.inference.batch import Batch, Embedded, padded
 from jaxlab.inference.params import SamplingParams
 from jaxlab.models.qwen2_5_vl import image_layout, mrope_index, pad_layout
 from jaxlab.models.qwen2_5_vl.positions import host_grid
@@ -66,11 +67,13 @@ def sample(
     eos_ids: Sequence[int] = (),
     key: Array,
     allow_duplicates: bool = False,
+    indices: Sequence[int] | None = None,
 ) -> list[Samples]:
     """Draws n samples of every request, all in one batch.
 
     A sample's randomness depends on (key, request id, sample index) only. Images are encoded request by request, in
-    programs of sizes rounded up to powers of two, so that they do not depend on batch mates either.
+    programs of sizes rounded up to powers of two, so that they do not depend on batch mates either; requests that share
+    one array of pixels share its encoding.
 
     Args:
         model: a `Qwen25VL`, or a network with its methods.
@@ -84,11 +87,14 @@ def sample(
         eos_ids: tokens that end a sample.
         key: PRNG key.
         allow_duplicates: at temperature 0, n > 1 is a warning and gives n equal samples.
+        indices: of the samples that are drawn, n of them; None: the first n.
 
     Raises:
-        ValueError: no requests, temperature below 0, top_p outside (0, 1], n > 1 at temperature 0, placeholders or
-            pixel rows that do not fit the grid, a prompt too long.
+        ValueError: no requests, temperature below 0, top_p outside (0, 1], n > 1 at temperature 0, indices that are not
+            n, placeholders or pixel rows that do not fit the grid, a prompt too long.
     """
+    if indices is not None and len(indices) != n:
+        raise ValueError(f"indices: expected n = {n} of them, got {list(indices)}")
     sampling = SamplingParams(
         max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=tuple(eos_ids)
     )
@@ -103,8 +109,9 @@ def sample(
         [np.asarray(request.input_ids) for request in requests],
         sampling,
         n=n,
-        embedded=[_embedded(model, params, request) for request in requests],
+        embedded=embedded(model, params, requests),
         keys=[named_key(key, request.id) for request in requests],
+        samples=indices,
     )
     for _ in batch.run(max(max_new_tokens, 1)):
         pass
@@ -117,7 +124,41 @@ def sample(
     return found
 
 
-def _embedded(model: Any, params: Any, request: Request) -> Embedded:
+def embedded(model: Any, params: Any, requests: Sequence[Request]) -> list[Embedded]:
+    """Requests as the decoder reads them; an array of pixels that several share is encoded once."""
+    known: dict[Any, Array] = {}
+    return [_embedded(model, params, request, known) for request in requests]
+
+
+def next_token_logits(model: Any, params: Any, requests: Sequence[Request]) -> np.ndarray:
+    """Logits `[R,V]` float32 of the token that follows each prompt: one pass, whose sizes are powers of two.
+
+    Args:
+        model: a `Qwen25VL`.
+        params: its parameters.
+        requests: prompts.
+
+    Raises:
+        ValueError: no requests, or images that do not fit their placeholders.
+    """
+    if not requests:
+        raise ValueError("requests: expected at least one, got none")
+    rows = embedded(model, params, requests)
+    lengths = np.array([len(row.embeddings) for row in rows], np.int32)
+    shape = _bucket(len(rows), 1), _bucket(int(lengths.max()))
+    last = np.pad(lengths - 1, (0, shape[0] - len(rows)))
+    return np.asarray(_last_logits(model.text_model(), params["language"], *padded(rows, shape), last))[: len(rows)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_logits(decoder, params, embeddings, rope_positions, last):
+    rope_positions = rope_positions.swapaxes(0, 1)
+    out = decoder.apply({"params": params}, None, None, embeddings=embeddings, rope_positions=rope_positions)
+    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    return decoder.apply({"params": params}, hidden, method="unembed")
+
+
+def _embedded(model: Any, params: Any, request: Request, known: dict[Any, Array]) -> Embedded:
     ids = np.asarray(request.input_ids, np.int32)[None]
     positions, delta = mrope_index(ids, request.image_grid_thw, config=model.config)
     padded = np.zeros((1, _bucket(ids.shape[1])), np.int32)
@@ -125,7 +166,10 @@ def _embedded(model: Any, params: Any, request: Request) -> Embedded:
     features = None
     if request.pixel_values is not None or request.image_grid_thw is not None:
         tokens = model.check_images(request.pixel_values, request.image_grid_thw)
-        features = _encoded(model, params, request, _bucket(tokens))
+        name = id(request.pixel_values), np.asarray(request.image_grid_thw).tobytes()
+        if name not in known:
+            known[name] = _encoded(model, params, request, _bucket(tokens))
+        features = known[name]
     embeddings = np.asarray(_embed(model, params, padded, features))[0, : ids.shape[1]]
     return Embedded(embeddings, positions[:, 0], int(delta[0, 0]))
 
@@ -149,6 +193,6 @@ def _embed(model, params, ids, features):
     return model.apply({"params": params}, ids, features, method="embed")
 
 
-def _bucket(size: int) -> int:
-    """The power of two that holds `size`, 16 at least."""
-    return 1 << (max(size, 16) - 1).bit_length()
+def _bucket(size: int, least: int = 16) -> int:
+    """The power of two that holds `size`, `least` at least."""
+    return 1 << (max(size, least) - 1).bit_length()

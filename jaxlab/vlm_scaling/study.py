@@ -137,6 +137,11 @@ class Study:
         """Question id -> its n samples, drawn where they are missing."""
         return {question.id: list(View(question, self._setting).samples) for question in self._questions}
 
+    def answers(self) -> dict[str, list[str | None]]:
+        """Question id -> the answers in its n samples."""
+        count = self._setting.n
+        return {question.id: View(question, self._setting).answers(count) for question in self._questions}
+
     def _judgement(self, views: Sequence[View]) -> tuple[dict[str, Any], dict[tuple[str, str], float]]:
         judged = self._setting.judged
         scores = {

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from jaxlab.core import count_compilations
-from jaxlab.eaglet import Context, LMExecutor, Plan, SFTConfig, clone_executors, demonstrations, word_tokenizer
+from jaxlab.eaglet import Context, LMExecutor, Plan, clone_executors, demonstrations
 from jaxlab.eaglet.prompts import command_ids, executor_prompt, fitted, planner_prompt
 from jaxlab.eaglet.scoring import command_logps
-from jaxlab.models import ByteTokenizer, load_tokenizer
+from jaxlab.models import ByteTokenizer, load_tokenizer, word_tokenizer
+from jaxlab.training import SFTConfig
 from tests.eaglet import toys
 from tests.eaglet.toys import BROKEN, TASK, EchoEnv, Says
 

@@ -13,7 +13,6 @@ from jaxlab.eaglet import (
     Planner,
     RolloutCache,
     ScriptedExecutor,
-    SFTConfig,
     evaluate,
     group_advantages,
     hcf_filter,
@@ -22,6 +21,7 @@ from jaxlab.eaglet import (
     train_sft,
 )
 from jaxlab.rl import SFPOConfig
+from jaxlab.training import SFTConfig
 from tests.eaglet import toys
 from tests.eaglet.toys import BROKEN, TASK, EchoEnv, Says, equal, killed_at, plan, task
 

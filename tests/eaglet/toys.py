@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxlab import core
-from jaxlab.eaglet import Executor, Plan, Task, TextEnv, format_plan, word_tokenizer
+from jaxlab.eaglet import Executor, Plan, Task, TextEnv, format_plan
+from jaxlab.models import word_tokenizer
 from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
 from jaxlab.training import OptimizerConfig
 

@@ -1,4 +1,4 @@
-"""Training that can be stopped and goes on: on prompts with their completions, for planners and executors."""
+"""Training that can be stopped and goes on: on prompts with their completions, or on batches of any kind."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,11 @@ import jax
 import numpy as np
 
 from jaxlab import core
-from jaxlab.training import Loss, OptimizerConfig, TokenBatch, TrainState, fit, lm_loss, make_train_step, optimizer
+from jaxlab.training.adamw import OptimizerConfig, optimizer
+from jaxlab.training.loop import fit
+from jaxlab.training.loss import Loss, lm_loss
+from jaxlab.training.step import TrainState, make_train_step
+from jaxlab.training.text import TokenBatch
 
 Row = tuple[Sequence[int], Sequence[int]]
 """Ids of a prompt, and of what is to follow it."""
@@ -130,7 +134,7 @@ class TrainingRun:
         self,
         params: Any,
         loss: Loss,
-        batches: RowBatches,
+        batches: Iterator[Any],
         config: SFTConfig,
         *,
         folder: str | os.PathLike | None = None,
@@ -140,7 +144,7 @@ class TrainingRun:
         Args:
           params: where it starts; they are copied.
           loss: of a batch.
-          batches: what it learns from.
+          batches: what it learns from; with `state()` and `restore()` their position is kept beside the parameters'.
           config: of the run.
           folder: for metrics and checkpoints; a run found there goes on.
         """

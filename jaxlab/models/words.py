@@ -1,6 +1,6 @@
-"""A tokenizer whose tokens are the words of a world: small enough that a small decoder reads whole contexts."""
+"""A tokenizer whose tokens are the words of some texts: so few that a small decoder reads whole contexts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jaxlab.models.tokenizer import FastTokenizer
 
@@ -8,7 +8,7 @@ _WORD = r"</?\w+>|\w+(?:[-'’]\w+)*|[^\w\s]"
 _UNSPACED = r"^ (?=[.,:;!?)\]]$)"  # these follow a word without a space
 
 
-def word_tokenizer(texts: Iterable[str]) -> FastTokenizer:
+def word_tokenizer(texts: Iterable[str], *, special: Sequence[str] = ()) -> FastTokenizer:
     """A tokenizer of all words, tags and signs in some texts, others becoming `<unk>`; `<eos>` ends a text.
 
     White space separates words and is not kept: text comes back with single spaces, and none before a closing sign, so
@@ -17,6 +17,7 @@ def word_tokenizer(texts: Iterable[str]) -> FastTokenizer:
 
     Args:
       texts: what is to be read and written.
+      special: further tokens, each one token whatever signs it holds, and left out when ids become text.
 
     Raises:
       ValueError: there is no word in them.
@@ -28,12 +29,12 @@ def word_tokenizer(texts: Iterable[str]) -> FastTokenizer:
     found = dict.fromkeys(word for text in texts for word, _ in split.pre_tokenize_str(text))
     if not found:
         raise ValueError("texts: expected at least one word, got none")
-    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *sorted(found)])}
+    vocabulary = {word: index for index, word in enumerate(["<eos>", "<unk>", *special, *sorted(found)])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = split
     backend.decoder = decoders.Sequence(
         [decoders.WordPiece(prefix="##", cleanup=False), decoders.Replace(tokenizers.Regex(_UNSPACED), "")]
     )
-    special = [tokenizers.AddedToken(name, normalized=False, special=True) for name in ("<eos>", "<unk>")]
-    backend.add_special_tokens(special)
+    added = ("<eos>", "<unk>", *special)
+    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in added])
     return FastTokenizer(backend, {"eos_token": "<eos>", "unk_token": "<unk>"})

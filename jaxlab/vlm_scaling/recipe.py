@@ -1,0 +1,145 @@
+"""A small vision-language model and the protocol on it: votes against self-verification, with and without the image."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlab import core
+from jaxlab.core.statistics import Interval
+from jaxlab.vlm_scaling.protocol import Findings, ProtocolConfig, investigate, subject
+from jaxlab.vlm_scaling.report import Row
+
+__all__ = ["ProtocolConfig", "run", "tables"]
+
+
+def run(config: ProtocolConfig) -> core.Report:
+    """Trains the stages that are named, opens or reaches the other models, and runs the protocol on each.
+
+    Needs nothing but a CPU for the small model. With a folder, a run goes on where it was killed: no step, no sample
+    and no verdict is made twice.
+    """
+    with core.kept_or_temporary(config.folder) as folder:
+        return _run(config, folder)
+
+
+def _run(config: ProtocolConfig, folder: Path) -> core.Report:
+    from jaxlab.vlm_scaling import pictures
+
+    found = {
+        name: investigate(config, name, subject(config, name, folder), folder)
+        for name in core.progress(config.models, "models")
+    }
+    reports = {name: each.report for name, each in found.items()}
+    vote, own = f"majority@{config.n}", f"best-of@{config.n}"
+    return core.Report(
+        system="vlm_scaling",
+        title=f"{config.n} samples of {len(next(iter(reports.values())).questions)} questions, by {len(found)} models",
+        metrics={
+            **{f"greedy, {name}": report.accuracy["greedy"] for name, report in reports.items()},
+            **{f"majority, {name}": report.accuracy[vote] for name, report in reports.items()},
+            **{f"best-of-N minus majority, {name}": _difference(report.row(own)) for name, report in reports.items()},
+        },
+        tables=tables(config, found),
+        plots=(
+            *((f"Accuracy by tokens, {name}", pictures.accuracies(report)) for name, report in reports.items()),
+            ("What verdicts rest on", pictures.verdicts(reports, config.modes)),
+        ),
+        notes=(
+            "All of it measured, on questions whose images no model was trained on. Intervals are bootstrapped over "
+            f"questions, p-values are exact McNemar tests against {vote}, after Holm's correction. Tokens are those "
+            "read and written, a prefix that samples share counted once.",
+            "With verdicts a sample is read again: compare accuracies at equal tokens, not at equal N.",
+        ),
+    )
+
+
+def tables(config: ProtocolConfig, found: Mapping[str, Findings]) -> tuple[tuple[str, Any, Any], ...]:
+    """Strategies of each model, verdicts by input, budgets, and doubts: (title, columns, rows) each."""
+    return (
+        *((f"Strategies, {name}", STRATEGIES, strategies(each)) for name, each in found.items()),
+        ("Verdicts by what the verifier is shown", VERDICTS, verdicts(config, found)),
+        ("A strategy chosen on one half of the images, and what it is worth on the other", BUDGETS, budgets(found)),
+        ("Moments of doubt", DOUBTS, [(name, *doubts(each)) for name, each in found.items()]),
+    )
+
+
+STRATEGIES = ("strategy", "accuracy", "95 %", "minus the vote", "95 % of it", "p", "tokens a question")
+
+
+def strategies(found: Findings) -> list[tuple[Any, ...]]:
+    """Rows of the table `STRATEGIES`."""
+    return [
+        (
+            *(row.strategy, row.accuracy.mean, _interval(row.accuracy)),
+            *(_difference(row), _interval(row.difference), row.adjusted, round(row.tokens.total)),
+        )
+        for row in found.report.table
+    ]
+
+
+VERDICTS = (
+    *("model", "shown", "yes", "right", "balanced accuracy", "AUROC", "wrong accepted", "right rejected"),
+    *("calibration error", "best of N by it"),
+)
+
+
+def verdicts(config: ProtocolConfig, found: Mapping[str, Findings]) -> list[tuple[Any, ...]]:
+    """Rows of the table `VERDICTS`."""
+    rows = []
+    for name, each in found.items():
+        for place, mode in enumerate(config.modes):
+            told = each.report.verdicts[mode]
+            selected = f"best-of{f'[{mode}]' if place else ''}@{config.n}"
+            rows.append(
+                (
+                    *(name, mode, told.accept_rate, told.base_rate, told.balanced_accuracy, told.auroc),
+                    *(told.false_accept, told.false_reject, told.calibration_error, each.report.accuracy[selected]),
+                )
+            )
+    return rows
+
+
+BUDGETS = ("model", "tokens at most", "chosen", "expected", "on the other half", "95 %", "best there", "its accuracy")
+
+
+def budgets(found: Mapping[str, Findings]) -> list[tuple[Any, ...]]:
+    """Rows of the table `BUDGETS`, at the tokens of the dev half's frontier."""
+    rows = []
+    for name, each in found.items():
+        for budget in (row.tokens.total for row in each.dev.frontier()):
+            chosen = each.dev.recommend(budget)
+            worth = each.held_out.row(chosen.strategy)
+            best = each.held_out.recommend(max(budget, worth.tokens.total))
+            rows.append(
+                (
+                    *(name, round(budget), chosen.strategy, chosen.accuracy.mean, worth.accuracy.mean),
+                    *(_interval(worth.accuracy), best.strategy, best.accuracy.mean),
+                )
+            )
+    return rows
+
+
+DOUBTS = (
+    *("model", "samples with one", "right with", "right without", "within questions", "95 %", "questions with both"),
+    *("wrong to right", "right to wrong", "wrong to wrong", "unchanged", "one put in: gain", "95 % of it"),
+)
+
+
+def doubts(found: Findings) -> tuple[Any, ...]:
+    """A row of the table `DOUBTS`, without the model."""
+    told = found.doubts
+    seen: Any = told.contrast
+    changes = [told.changes.get(kind) for kind in ("wrong->right", "right->wrong", "wrong->wrong'", "unchanged")]
+    return (
+        *(seen.rate, seen.with_marker, seen.without_marker, None if seen.within is None else seen.within.mean),
+        *(_interval(seen.within), seen.questions, *changes),
+        *(None if told.inserted is None else told.inserted.mean, _interval(told.inserted)),
+    )
+
+
+def _difference(row: Row) -> float | None:
+    return None if row.difference is None else row.difference.mean
+
+
+def _interval(value: Interval | None) -> str:
+    return "" if value is None else f"{value.low:.3g} to {value.high:.3g}"
