@@ -4,6 +4,7 @@ The bars are those of the specification, section 7. Sizes are ours: random weigh
 dispatch take the time.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from benchmarks import vlm_parity
 from benchmarks.harness import Case, interleaved
 from jaxlab.inference import SamplingParams, SharedPrefixCache, generate, prefill
 from jaxlab.models.decoder import Decoder, DecoderConfig, KVCache, init_params
+from jaxlab.models.qwen2_5_vl import init_params as vlm_init
+from jaxlab.vlm_scaling import ModelReader, Sample, visual_math
+from jaxlab.vlm_scaling.inputs import build
+from jaxlab.vlm_scaling.small_model import Sizes, tokenizer_of_words
 
 SYSTEM = "vlm-scaling"
 SAMPLES, PROMPT, NEW = 16, 256, 32
@@ -36,6 +41,7 @@ def cases(quick: bool) -> Iterator[Case]:
     """Shared prefixes always; beside torch where it is installed."""
     repeats = 3 if quick else 5
     yield from shared_prefix(repeats)
+    yield from verification(repeats)
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -78,6 +84,25 @@ def shared_prefix(repeats: int) -> Iterator[Case]:
         (SAMPLES * (PROMPT + NEW), "separate caches", None),
     ):
         yield Case(SYSTEM, f"{label}, {NEW} new, KV cache", "bytes", held, rows * a_token, name, bar)
+
+
+def verification(repeats: int) -> Iterator[Case]:
+    """The candidates of a question judged in one pass against one by one, prompts and pictures made ready each time."""
+    tokenizer = tokenizer_of_words()
+    model = Sizes().model(tokenizer)
+    reader = ModelReader(model, vlm_init(model, jax.random.key(0)), tokenizer)
+    small = visual_math.questions("bars", 1)[0]
+    picture = np.repeat(np.repeat(small.images[0], 4, axis=0), 4, axis=1)  # 96 tokens
+    question = dataclasses.replace(small, images=(picture,))
+    random = np.random.default_rng(0)
+    said = [visual_math.solution(question, mistaken=visual_math.misreading(question, random)) for _ in range(SAMPLES)]
+    requests = build(question, [Sample(text) for text in said])
+    mine, other = interleaved(
+        lambda: reader.yes_probabilities(requests, seed=0),
+        lambda: [reader.yes_probabilities([request], seed=0) for request in requests],
+        repeats=repeats,
+    )
+    yield Case(SYSTEM, f"verdicts on {SAMPLES} candidates", "s", mine, other, "one by one", 5.0)
 
 
 def beside_torch(repeats: int) -> Iterator[Case]:

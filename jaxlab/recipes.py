@@ -55,6 +55,11 @@ SYSTEMS: dict[str, System] = {
         "A planner trained by what its plans are worth to executors that stay as they are.",
         "configs/eaglet/laptop.yaml",
     ),
+    "vlm-scaling": System(
+        "jaxlab.vlm_scaling",
+        "Votes against self-verification by vision-language models, with and without the image.",
+        "configs/vlm_scaling/laptop.yaml",
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 

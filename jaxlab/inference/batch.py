@@ -255,7 +255,7 @@ class Batch:
         rope_delta = None
         if embedded is not None:
             rope_delta = np.array([own.rope_delta for own in embedded], np.int32)[np.minimum(prompt, len(ids) - 1)]
-        self._prompts = tokens, positions, *padded(embedded, shape)
+        self._prompts = tokens, positions, *_padded(embedded, shape)
         self._rows = _Rows(
             prompt=prompt,
             real=index < self.count,
@@ -346,7 +346,7 @@ def _bucket(size: int, least: int = 1) -> int:
     return 1 << (max(size, least) - 1).bit_length()
 
 
-def padded(embedded: Sequence[Embedded] | None, shape: tuple[int, int]) -> tuple[Any, Any]:
+def _padded(embedded: Sequence[Embedded] | None, shape: tuple[int, int]) -> tuple[Any, Any]:
     """Embeddings `[P,T,D]` and M-RoPE positions `[P,3,T]` of all prompts, zeros where padded; None without."""
     if embedded is None:
         return None, None

@@ -19,8 +19,10 @@ from jaxlab.core import lazy
 if TYPE_CHECKING:
     from jaxlab.vlm_scaling.budget import Choice, choose
     from jaxlab.vlm_scaling.cost import Meter, Tokens
+    from jaxlab.vlm_scaling.local import ModelReader, ModelSampler
     from jaxlab.vlm_scaling.report import Report, Row
     from jaxlab.vlm_scaling.samples import Question, Sample
+    from jaxlab.vlm_scaling.sampling import Request, Samples, sample
     from jaxlab.vlm_scaling.strategies import (
         BestOfN,
         BudgetForce,
@@ -43,11 +45,13 @@ _MODULES = (
     "endpoint",
     "extract",
     "grade",
+    "local",
     "select",
     "simulation",
     "stats",
     "tasks",
     "verify",
+    "visual_math",
 )
 
 __all__ = [
@@ -58,18 +62,23 @@ __all__ = [
     "Greedy",
     "Majority",
     "Meter",
+    "ModelReader",
+    "ModelSampler",
     "Oracle",
     "Question",
     "RandomOf",
     "Refine",
     "Report",
+    "Request",
     "Row",
     "Sample",
+    "Samples",
     "SelfSelect",
     "Study",
     "Tokens",
     "WeightedVote",
     "choose",
+    "sample",
     "split",
     *_MODULES,
 ]
@@ -79,8 +88,10 @@ __getattr__, __dir__ = lazy.attach(
     {
         "budget": ("Choice", "choose"),
         "cost": ("Meter", "Tokens"),
+        "local": ("ModelReader", "ModelSampler"),
         "report": ("Report", "Row"),
         "samples": ("Question", "Sample"),
+        "sampling": ("Request", "Samples", "sample"),
         "strategies": (
             "BestOfN",
             "BudgetForce",

@@ -199,6 +199,26 @@ def strategies(config: ProtocolConfig) -> list[Strategy]:
     ]
 
 
+class _Kept:
+    """Stands for a model whose answers are all known: draws nothing."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("expected all samples and verdicts in the folder, got fewer; run the study to its end first")
+
+    sample = greedy = ask = extend = texts = yes_probabilities = _refuse
+
+
+def kept(config: ProtocolConfig, name: str, folder: Path) -> Findings:
+    """What a run found of one of its models, from its folder alone.
+
+    Raises:
+      RuntimeError: the run has not come to its end.
+    """
+    if name in STAGES and not (folder / "small" / name / "config.json").exists():
+        raise RuntimeError(f"expected the model {name!r} in {folder}, got none; run the study to its end first")
+    return investigate(config, name, Subject(_Kept(), _Kept(), subject(config, name, folder).meter), folder)
+
+
 def investigate(config: ProtocolConfig, name: str, model: Subject, folder: Path) -> Findings:
     """Runs the protocol on one model; what was drawn is kept in the folder, and not drawn again."""
     asked = questions(config)

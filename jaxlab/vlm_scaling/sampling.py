@@ -12,8 +12,11 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxlab.core import named_key
-from jaxlab.inference.batch import Batch, Embedded, padded
+from jaxlab.inference.batch import Batch, Embedded
 from jaxlab.inference.params import SamplingParams
+from jaxlab.inference.shared_prefix import SharedPrefixCache
+from jaxlab.inference.steps import prefill
+from jaxlab.models.decoder import KVCache
 from jaxlab.models.qwen2_5_vl import image_layout, mrope_index, pad_layout
 from jaxlab.models.qwen2_5_vl.positions import host_grid
 
@@ -126,12 +129,18 @@ def sample(
 
 def embedded(model: Any, params: Any, requests: Sequence[Request]) -> list[Embedded]:
     """Requests as the decoder reads them; an array of pixels that several share is encoded once."""
-    known: dict[Any, Array] = {}
-    return [_embedded(model, params, request, known) for request in requests]
+    read = _read(model, params, requests)
+    embeddings = np.asarray(_embed(model, params, read.tokens, read.features, read.rows))
+    return [
+        Embedded(embeddings[row, :length], read.rope_positions[:, row, :length], delta)
+        for row, (length, delta) in enumerate(zip(read.lengths, read.deltas))
+    ]
 
 
 def next_token_logits(model: Any, params: Any, requests: Sequence[Request]) -> np.ndarray:
-    """Logits `[R,V]` float32 of the token that follows each prompt: one pass, whose sizes are powers of two.
+    """Logits `[R,V]` float32 of the token that follows each prompt.
+
+    Prompts with the same images are read together, what they begin with in common once. Sizes are powers of two.
 
     Args:
         model: a `Qwen25VL`.
@@ -143,35 +152,132 @@ def next_token_logits(model: Any, params: Any, requests: Sequence[Request]) -> n
     """
     if not requests:
         raise ValueError("requests: expected at least one, got none")
-    rows = embedded(model, params, requests)
-    lengths = np.array([len(row.embeddings) for row in rows], np.int32)
-    shape = _bucket(len(rows), 1), _bucket(int(lengths.max()))
-    last = np.pad(lengths - 1, (0, shape[0] - len(rows)))
-    return np.asarray(_last_logits(model.text_model(), params["language"], *padded(rows, shape), last))[: len(rows)]
+    groups: dict[Any, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(_pictures(request), []).append(place)
+    found = {
+        place: logits
+        for places in groups.values()
+        for place, logits in zip(places, _next_logits(model, params, [requests[place] for place in places]))
+    }
+    return np.stack([found[place] for place in range(len(requests))])
+
+
+def _next_logits(model: Any, params: Any, requests: Sequence[Request]) -> np.ndarray:
+    """Of prompts with the same images."""
+    ids = [np.asarray(request.input_ids).tolist() for request in requests]
+    columns = list(zip(*ids))[:-1]  # one token at least is a row's own
+    common = next((place for place, column in enumerate(columns) if len(set(column)) > 1), len(columns))
+    images = {token for own in ids for token in own[common:]} & {model.config.image_token_id}
+    read = _read(model, params, requests)
+    last = np.zeros(read.tokens.shape[0], np.int32)
+    last[: len(requests)] = np.array(read.lengths) - 1
+    if len(requests) == 1 or common < 1 or images or model.config.text.windows is not None:
+        out = _last_logits(model, params, read.tokens, read.features, read.rows, read.rope_positions, last)
+        return np.asarray(out)[: len(requests)]
+    room = _bucket(common)
+    prefix = (
+        np.pad(read.tokens[:1, :common], ((0, 0), (0, room - common))),
+        np.pad(read.rows[:1, :common], ((0, 0), (0, room - common))),
+        np.pad(read.rope_positions[:, :1, :common], ((0, 0), (0, 0), (0, room - common))),
+    )
+    length = _bucket(max(read.lengths) - common)
+    tokens, slots = np.zeros((len(last), length), np.int32), np.full((len(last), length), -1, np.int32)
+    rope_positions = np.zeros((3, *tokens.shape), np.int32)
+    for row, whole in enumerate(read.lengths):
+        own = whole - common
+        tokens[row, :own] = read.tokens[row, common:whole]
+        slots[row, :own] = np.arange(common, whole)
+        rope_positions[:, row, :own] = read.rope_positions[:, row, common:whole]
+    suffix = tokens, slots, rope_positions
+    out = _shared_logits(model, params, prefix, np.int32(common), read.features, suffix, np.maximum(last - common, 0))
+    return np.asarray(out)[: len(requests)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """Requests as R rows of T tokens, both rounded up to powers of two.
+
+    `rows` tells which of the features `[F,D]` stands at a placeholder; `lengths` and `deltas` are the requests'.
+    """
+
+    tokens: Any
+    rows: Any
+    rope_positions: Any
+    features: Any
+    lengths: tuple[int, ...]
+    deltas: tuple[int, ...]
+
+
+def _read(model: Any, params: Any, requests: Sequence[Request]) -> _Read:
+    if not requests:
+        raise ValueError("requests: expected at least one, got none")
+    config, ids = model.config, [np.asarray(request.input_ids, np.int32) for request in requests]
+    shape = _bucket(len(ids), 1), _bucket(max(map(len, ids)))
+    tokens, rows = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    rope_positions, deltas = np.zeros((3, *shape), np.int32), []
+    known: dict[Any, int] = {}
+    features: list[Any] = []
+    for row, (own, request) in enumerate(zip(ids, requests)):
+        positions, delta = mrope_index(own[None], request.image_grid_thw, config=config)
+        tokens[row, : len(own)], rope_positions[:, row, : len(own)] = own, positions[:, 0]
+        deltas.append(int(delta[0, 0]))
+        if request.pixel_values is None and request.image_grid_thw is None:
+            continue
+        count = model.check_images(request.pixel_values, request.image_grid_thw)
+        name = _pictures(request)
+        if name not in known:
+            known[name] = sum(part.shape[0] for part in features)
+            features.append(_encoded(model, params, request, _bucket(count)))
+        rows[row, : len(own)][own == config.image_token_id] = known[name] + np.arange(count)
+    joined = features[0] if len(features) == 1 else None
+    if len(features) > 1:
+        joined = np.concatenate([np.asarray(part) for part in features])
+        joined = np.pad(joined, ((0, _bucket(len(joined)) - len(joined)), (0, 0)))
+    return _Read(tokens, rows, rope_positions, joined, tuple(map(len, ids)), tuple(deltas))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _last_logits(decoder, params, embeddings, rope_positions, last):
-    rope_positions = rope_positions.swapaxes(0, 1)
-    out = decoder.apply({"params": params}, None, None, embeddings=embeddings, rope_positions=rope_positions)
+def _embed(model, params, tokens, features, rows):
+    return model.apply({"params": params}, tokens, features, rows, method="embed")
+
+
+def _pictures(request: Request) -> Any:
+    """What two requests share that have the same images."""
+    if request.pixel_values is None:
+        return None
+    return id(request.pixel_values), np.asarray(request.image_grid_thw).tobytes()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _shared_logits(model, params, prefix, common, features, suffix, last):
+    tokens, rows, rope_positions = prefix
+    embeddings = model.apply({"params": params}, tokens, features, rows, method="embed")
+    decoder, language = model.text_model(), {"params": params["language"]}
+    columns = jnp.arange(tokens.shape[1])[None]
+    _, cache = prefill(
+        decoder,
+        params["language"],
+        KVCache.create(decoder.config, *tokens.shape),
+        None,
+        jnp.where(columns < common, columns, -1),
+        embeddings=embeddings,
+        rope_positions=rope_positions,
+    )
+    tokens, slots, rope_positions = suffix
+    cache = SharedPrefixCache.create(decoder.config, cache, common[None], *tokens.shape)
+    out = decoder.apply(language, tokens, slots, cache=cache, rope_positions=rope_positions)
     hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
-    return decoder.apply({"params": params}, hidden, method="unembed")
+    return decoder.apply(language, hidden, method="unembed")
 
 
-def _embedded(model: Any, params: Any, request: Request, known: dict[Any, Array]) -> Embedded:
-    ids = np.asarray(request.input_ids, np.int32)[None]
-    positions, delta = mrope_index(ids, request.image_grid_thw, config=model.config)
-    padded = np.zeros((1, _bucket(ids.shape[1])), np.int32)
-    padded[:, : ids.shape[1]] = ids
-    features = None
-    if request.pixel_values is not None or request.image_grid_thw is not None:
-        tokens = model.check_images(request.pixel_values, request.image_grid_thw)
-        name = id(request.pixel_values), np.asarray(request.image_grid_thw).tobytes()
-        if name not in known:
-            known[name] = _encoded(model, params, request, _bucket(tokens))
-        features = known[name]
-    embeddings = np.asarray(_embed(model, params, padded, features))[0, : ids.shape[1]]
-    return Embedded(embeddings, positions[:, 0], int(delta[0, 0]))
+@functools.partial(jax.jit, static_argnums=0)
+def _last_logits(model, params, tokens, features, rows, rope_positions, last):
+    embeddings = model.apply({"params": params}, tokens, features, rows, method="embed")
+    decoder, language = model.text_model(), {"params": params["language"]}
+    out = decoder.apply(language, None, None, embeddings=embeddings, rope_positions=rope_positions)
+    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    return decoder.apply(language, hidden, method="unembed")
 
 
 def _encoded(model: Any, params: Any, request: Request, tokens: int) -> Array:
@@ -186,11 +292,6 @@ def _encoded(model: Any, params: Any, request: Request, tokens: int) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model, params, pixels, layout):
     return model.apply({"params": params}, pixels, layout, method="encode_patches")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(model, params, ids, features):
-    return model.apply({"params": params}, ids, features, method="embed")
 
 
 def _bucket(size: int, least: int = 16) -> int:

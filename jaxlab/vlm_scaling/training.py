@@ -29,6 +29,7 @@ from jaxlab.vlm_scaling.local import Prompts
 from jaxlab.vlm_scaling.samples import Question
 from jaxlab.vlm_scaling.sampling import sample
 
+ArrayLike = Array | np.ndarray
 Grid = tuple[int, int, int]
 """Patches of an image along (time, height, width)."""
 
@@ -64,7 +65,7 @@ class VisualInputs:
 
 
 def hidden_states(
-    model: Any, params: PyTree, tokens: Int[Array, "b t"], pixel_values: Float[Array, "r p c"], grid: Grid
+    model: Any, params: PyTree, tokens: Int[ArrayLike, "b t"], pixel_values: Float[ArrayLike, "r p c"], grid: Grid
 ) -> Float[Array, "b t d"]:
     """Final hidden states of rows of which the first R begin with an image; differentiable in the parameters.
 

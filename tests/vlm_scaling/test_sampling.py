@@ -67,7 +67,7 @@ def test_a_sample_depends_on_its_request_and_index_alone(loaded):
         ("top_p", {"top_p": 1.5}),
         ("expected 1 at temperature 0, where all samples are equal, got 2", {"temperature": 0.0, "n": 2}),
         ("n: expected at least 1, got 0", {"n": 0}),
-        ("prompts: expected at least one", {"requests": []}),
+        ("requests: expected at least one", {"requests": []}),
         ("each of the 15 tokens of the images, got 14", {"requests": [Request("a", [50] * 14, np.zeros((60, 1176)),
                                                                               vlm_parity.GRID[2:])]}),
         ("each of the 0 tokens", {"requests": [Request("a", [50])]}),

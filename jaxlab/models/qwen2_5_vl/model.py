@@ -142,20 +142,27 @@ class Qwen25VL(nn.Module):
         """`encode_images` of a layout made before, which may be padded: then it need not be static under jit."""
         return self.visual(jnp.asarray(pixel_values, jnp.dtype(self.config.text.dtype)), layout)
 
-    def embed(self, input_ids: Int[ArrayLike, "b t"], features: Any = None) -> Float[Array, "b t d"]:
+    def embed(self, input_ids: Int[ArrayLike, "b t"], features: Any = None, rows: Any = None) -> Float[Array, "b t d"]:
         """Embeddings of tokens, with the images' `features` `[m,D]` in the places of the placeholders.
 
+        Args:
+            input_ids: `[B,T]`.
+            features: of `encode_images`.
+            rows: `[B,T]`, which of the features stands at a placeholder; None: each once, in reading order.
+
         Raises:
-            ValueError: the placeholders are not as many as the features.
+            ValueError: without `rows`, the placeholders are not as many as the features.
         """
-        check_placeholders(input_ids, 0 if features is None else features.shape[0], self.config.image_token_id)
+        if rows is None:
+            check_placeholders(input_ids, 0 if features is None else features.shape[0], self.config.image_token_id)
         ids = jnp.asarray(input_ids)
         embeddings = self.language.embed(ids)
         if features is None:
             return embeddings
         is_image = ids == self.config.image_token_id
-        index = jnp.cumsum(is_image.reshape(-1), dtype=jnp.int32).reshape(ids.shape) - 1
-        images = features.astype(embeddings.dtype)[jnp.clip(index, 0, features.shape[0] - 1)]
+        if rows is None:
+            rows = jnp.cumsum(is_image.reshape(-1), dtype=jnp.int32).reshape(ids.shape) - 1
+        images = features.astype(embeddings.dtype)[jnp.clip(rows, 0, features.shape[0] - 1)]
         return jnp.where(is_image[..., None], images, embeddings)
 
     def text_model(self) -> Decoder:
