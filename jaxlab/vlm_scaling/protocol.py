@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxlab import core
 from jaxlab.core.statistics import Interval
@@ -20,7 +20,7 @@ from jaxlab.vlm_scaling.inputs import MODES, Controls, build
 from jaxlab.vlm_scaling.local import Prompts
 from jaxlab.vlm_scaling.report import Report
 from jaxlab.vlm_scaling.samples import Question, Sample
-from jaxlab.vlm_scaling.small_model import JUDGED, STAGES, SmallModel, SmallModelConfig, Trained
+from jaxlab.vlm_scaling.small_model import JUDGED, PACKAGED, STAGES, SmallModel, SmallModelConfig, Trained
 from jaxlab.vlm_scaling.strategies import (
     BestOfN,
     FilteredVote,
@@ -34,7 +34,6 @@ from jaxlab.vlm_scaling.strategies import (
 from jaxlab.vlm_scaling.study import Study, split
 from jaxlab.vlm_scaling.verify import Verifier
 
-Data = Literal["visual_math", "mathvista", "mathverse", "geoqa"]
 _SETS = {"mathvista": tasks.mathvista, "mathverse": tasks.mathverse, "geoqa": tasks.geoqa}
 
 
@@ -43,8 +42,8 @@ class ProtocolConfig:
     """Models, questions, and what is asked of them; every default is ours.
 
     Attributes:
-      models: stages of the small model ("base", "sft", "rl"), folders that `load_pretrained` opens, or addresses of
-        OpenAI-compatible endpoints as MODEL@URL.
+      models: stages of the small model ("base", "sft", "rl"), those that come with the package ("packaged-sft",
+        "packaged-rl"), folders that `load_pretrained` opens, or OpenAI-compatible endpoints as MODEL@URL.
       data: "visual_math", rendered here and disjoint from what the small model was trained on, or a public data set.
       path: of a data set's copy.
       questions: how many, evenly over the families of "visual_math"; None: all of a data set.
@@ -63,7 +62,7 @@ class ProtocolConfig:
     """
 
     models: tuple[str, ...] = ("sft", "rl")
-    data: Data = "visual_math"
+    data: str = "visual_math"
     path: str | None = None
     questions: int | None = 240
     dev: int | float = 0.5
@@ -156,8 +155,10 @@ def subject(config: ProtocolConfig, name: str, folder: Path) -> Subject:
         client = Client(url, model=model)
         sampler = EndpointSampler(client, **options, instruction=config.instruction, logprobs=True)
         return Subject(sampler, EndpointReader(client), Meter())
-    small = name in STAGES
-    trained = SmallModel(config.small, folder / "small").stage(name) if small else Trained.load(name)
+    if name in STAGES:
+        trained = SmallModel(config.small, folder / "small").stage(name)
+    else:
+        trained = Trained.load(PACKAGED.get(name, name))
     sampler = trained.sampler(**options, instruction=config.instruction)
     return Subject(sampler, trained.reader(), meter(Prompts(trained.model, trained.tokenizer)))
 

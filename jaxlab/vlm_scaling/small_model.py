@@ -34,6 +34,9 @@ STAGES = ("solver", "base", "sft", "rl")
 JUDGED = ("image+solution", "image+answer", "blind+solution", "blind+answer")
 """The verifier's inputs that a model learns to judge."""
 
+PACKAGED = {f"packaged-{name}": Path(__file__).with_name("packaged") / name for name in ("sft", "rl")}
+"""Name -> folder of the models that come with the package; `configs/vlm_scaling/small.yaml` made them."""
+
 _SPECIAL = {
     "vision_start_token_id": "<|vision_start|>",
     "image_token_id": "<|image_pad|>",
