@@ -13,7 +13,6 @@ SYSTEM = "vlm-scaling"
 CONFIG = Path("configs/vlm_scaling/small.yaml")
 WORK = Path("out/evidence/vlm_scaling")
 SEEDS = (0, 1, 2)
-BUDGETS = (75, 150, 300, 600, 1200, 2400)
 _HEADS = ("greedy", "random", "majority", "best-of", "best-of[blind+solution]", "oracle")
 
 
@@ -48,12 +47,12 @@ def items() -> Iterator[Item]:
                 seeds=(0,),
             )
     for model in config.models:
-        for budget in BUDGETS:
+        for budget in config.budgets:
             yield Item(
                 name=f"{model}, {budget} tokens",
                 table="The strategy chosen on half of the images for a budget of tokens a question, and what it is "
                 "worth on the other half (measured)",
-                settings={"budget": budget, **settings},
+                settings=settings,
                 run=functools.partial(_budget, model, budget),
                 seeds=(0,),
             )
@@ -88,7 +87,7 @@ def pages() -> None:
         return
     reports = {model: _found(0, model).report for model in config.models}
     for model, report in reports.items():
-        drawn = pictures.accuracies(report)
+        drawn = pictures.accuracy_by_tokens(report)
         drawn.savefig(FOLDER / f"vlm_scaling_{model}.png", dpi=110, bbox_inches="tight")
     drawn = pictures.verdicts(reports, config.modes)
     drawn.savefig(FOLDER / "vlm_scaling_verdicts.png", dpi=110, bbox_inches="tight")
@@ -123,11 +122,10 @@ def _verdict(model: str, mode: str) -> dict[str, Any]:
     return dict(zip(recipe.VERDICTS, next(row for row in rows if row[1] == mode)))
 
 
-def _budget(model: str, budget: int) -> dict[str, Any]:
+def _budget(model: str, budget: float) -> dict[str, Any]:
     from jaxlab.vlm_scaling import recipe
 
-    found = _found(0, model)
-    return dict(zip(recipe.BUDGETS, recipe.budget(model, found, budget)))
+    return dict(zip(recipe.BUDGETS, (model, *recipe.budget(_config(0), _found(0, model), budget))))
 
 
 def _doubts(model: str) -> dict[str, Any]:

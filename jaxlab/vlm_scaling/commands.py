@@ -24,12 +24,12 @@ def report(
         list[str] | None, typer.Argument(metavar="a.b=value", help="Values over the YAML file's; `folder=...` first.")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Tokens a question: also name the best strategy within them.")
+        float | None, typer.Option(help="Tokens a question: also tell what they are best spent on.")
     ] = None,
 ) -> None:
     """Print a run's tables from the samples and verdicts it kept; nothing is drawn."""
     from jaxlab import recipes
-    from jaxlab.vlm_scaling import recipe
+    from jaxlab.vlm_scaling import choose, recipe
     from jaxlab.vlm_scaling.protocol import kept
 
     with usage("CONFIG"):
@@ -42,9 +42,5 @@ def report(
     if budget is not None:
         with usage("--budget"):
             for name, each in found.items():
-                chosen = each.dev.recommend(budget)
-                worth = each.held_out.row(chosen.strategy).accuracy
-                typer.echo(
-                    f"{name}: within {budget:g} tokens a question, {chosen.strategy}; accuracy on the other half "
-                    f"{worth.mean:.3f} ({worth.low:.3f} to {worth.high:.3f})"
-                )
+                told = choose(each.report, budget, share=settings.dev, seed=settings.seed)
+                typer.echo(f"{name}: {told}")

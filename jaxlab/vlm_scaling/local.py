@@ -168,7 +168,7 @@ class ModelSampler:
             raise ValueError(f"top_p: expected a value in (0, 1], got {top_p}")
         self._model, self._params, self._tokenizer = model, params, tokenizer
         self._prompts = Prompts(model, tokenizer, **prompts)
-        self._drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        self._drawing: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         self._max_tokens, self._allow_duplicates = max_tokens, allow_duplicates
 
     def sample(self, question: Question, indices: Sequence[int], *, seed: int) -> list[Sample]:

@@ -31,7 +31,7 @@ from jaxlab.vlm_scaling.strategies import (
     Strategy,
     WeightedVote,
 )
-from jaxlab.vlm_scaling.study import Study, split
+from jaxlab.vlm_scaling.study import Study
 from jaxlab.vlm_scaling.verify import Verifier
 
 _SETS = {"mathvista": tasks.mathvista, "mathverse": tasks.mathverse, "geoqa": tasks.geoqa}
@@ -49,6 +49,8 @@ class ProtocolConfig:
       questions: how many, evenly over the families of "visual_math"; None: all of a data set.
       dev: share of the questions, by image, on which a strategy is chosen for a budget; the rest say what it is worth.
       n: samples a question.
+      budgets: tokens a question, for which a strategy is chosen on the dev split; those that no strategy keeps are
+        left out.
       temperature: of the samples.
       max_tokens: of a sample.
       instruction: put after each question, for models that were not trained here.
@@ -67,6 +69,7 @@ class ProtocolConfig:
     questions: int | None = 240
     dev: int | float = 0.5
     n: int = 16
+    budgets: tuple[int | float, ...] = (75, 150, 300, 600, 1200, 2400)
     temperature: int | float = 1.0
     max_tokens: int = 64
     instruction: str = ""
@@ -114,11 +117,9 @@ class Doubts(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What the protocol found of one model: all questions, the two halves, and the moments of doubt."""
+    """What the protocol found of one model."""
 
     report: Report
-    dev: Report
-    held_out: Report
     doubts: Doubts
 
 
@@ -137,7 +138,7 @@ def questions(config: ProtocolConfig) -> list[Question]:
       DataUnavailable: there is no such data set at `path`.
     """
     if config.data != "visual_math":
-        return _SETS[config.data](config.path)[: config.questions]
+        return _SETS[config.data](config.path or "")[: config.questions]
     families = config.small.families
     count = -(-(config.questions or 0) // len(families))
     made = [
@@ -227,27 +228,22 @@ def investigate(config: ProtocolConfig, name: str, model: Subject, folder: Path)
     place.parent.mkdir(parents=True, exist_ok=True)
     controls = Controls(asked, seed=config.seed)
     verifier = Verifier(model.reader, controls=controls)
-    grade = {} if config.data == "visual_math" else {"grade": tasks.grade}
+    grade: dict[str, Any] = {} if config.data == "visual_math" else {"grade": tasks.grade}
 
-    def study(chosen: Sequence[Question]) -> Study:
-        return Study(
-            chosen,
-            model.sampler,
-            strategies=strategies(config),
-            n=config.n,
-            verifier=verifier,
-            cache=place.with_name(f"{place.name}.jsonl"),
-            seed=config.seed,
-            meter=model.meter,
-            baseline=f"majority@{config.n}",
-            **grade,
-        )
-
-    whole = study(asked)
-    report = whole.run()
-    dev, held_out = (study(part).run() for part in split(asked, config.dev, seed=config.seed))
-    doubts = _doubts(config, asked, whole, model, place.with_name(f"{place.name}.doubts.json"))
-    return Findings(report, dev, held_out, doubts)
+    study = Study(
+        asked,
+        model.sampler,
+        strategies=strategies(config),
+        n=config.n,
+        verifier=verifier,
+        cache=place.with_name(f"{place.name}.jsonl"),
+        seed=config.seed,
+        meter=model.meter,
+        baseline=f"majority@{config.n}",
+        **grade,
+    )
+    report = study.run()
+    return Findings(report, _doubts(config, asked, study, model, place.with_name(f"{place.name}.doubts.json")))
 
 
 def _doubts(config: ProtocolConfig, asked: Sequence[Question], study: Study, model: Subject, kept: Path) -> Doubts:

@@ -5,11 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab import core
+from jaxlab.core.plan import Plan, Target
 from jaxlab.core.statistics import Interval
+from jaxlab.vlm_scaling.budget import choose
+from jaxlab.vlm_scaling.compiled import PlanConfig, compile_phase
 from jaxlab.vlm_scaling.protocol import Findings, ProtocolConfig, investigate, subject
 from jaxlab.vlm_scaling.report import Row
 
-__all__ = ["ProtocolConfig", "run", "tables"]
+__all__ = ["PlanConfig", "ProtocolConfig", "plan", "run", "tables"]
+
+
+def plan(config: PlanConfig, target: Target) -> Plan:
+    """Compiles reading a question or decoding its samples for a target, which need not be there."""
+    return compile_phase(config, target)
 
 
 def run(config: ProtocolConfig) -> core.Report:
@@ -41,7 +49,7 @@ def _run(config: ProtocolConfig, folder: Path) -> core.Report:
         },
         tables=tables(config, found),
         plots=(
-            *((f"Accuracy by tokens, {name}", pictures.accuracies(report)) for name, report in reports.items()),
+            *((f"Accuracy by tokens, {name}", pictures.accuracy_by_tokens(report)) for name, report in reports.items()),
             ("What verdicts rest on", pictures.verdicts(reports, config.modes)),
         ),
         notes=(
@@ -58,7 +66,7 @@ def tables(config: ProtocolConfig, found: Mapping[str, Findings]) -> tuple[tuple
     return (
         *((f"Strategies, {name}", STRATEGIES, strategies(each)) for name, each in found.items()),
         ("Verdicts by what the verifier is shown", VERDICTS, verdicts(config, found)),
-        ("A strategy chosen on one half of the images, and what it is worth on the other", BUDGETS, budgets(found)),
+        ("A strategy chosen on some images, and what it is worth on the others", BUDGETS, budgets(config, found)),
         ("Moments of doubt", DOUBTS, [(name, *doubts(each)) for name, each in found.items()]),
     )
 
@@ -99,24 +107,35 @@ def verdicts(config: ProtocolConfig, found: Mapping[str, Findings]) -> list[tupl
     return rows
 
 
-BUDGETS = ("model", "tokens at most", "chosen", "expected", "on the other half", "95 %", "best there", "its accuracy")
+BUDGETS = (
+    *("model", "tokens at most", "chosen", "where chosen", "on the others", "95 %", "minus the next", "95 % of it"),
+    *("best in hindsight", "regret"),
+)
 
 
-def budgets(found: Mapping[str, Findings]) -> list[tuple[Any, ...]]:
-    """Rows of the table `BUDGETS`, at the tokens of the dev half's frontier."""
-    rows = []
-    for name, each in found.items():
-        for budget in (row.tokens.total for row in each.dev.frontier()):
-            chosen = each.dev.recommend(budget)
-            worth = each.held_out.row(chosen.strategy)
-            best = each.held_out.recommend(max(budget, worth.tokens.total))
-            rows.append(
-                (
-                    *(name, round(budget), chosen.strategy, chosen.accuracy.mean, worth.accuracy.mean),
-                    *(_interval(worth.accuracy), best.strategy, best.accuracy.mean),
-                )
-            )
-    return rows
+def budgets(config: ProtocolConfig, found: Mapping[str, Findings]) -> list[tuple[Any, ...]]:
+    """Rows of the table `BUDGETS`."""
+    return [
+        (name, *budget(config, each, tokens))
+        for name, each in found.items()
+        for tokens in config.budgets
+        if any(row.selectable and row.tokens.total <= tokens for row in each.report.table)
+    ]
+
+
+def budget(config: ProtocolConfig, found: Findings, tokens: float) -> tuple[Any, ...]:
+    """A row of the table `BUDGETS`, without the model.
+
+    Raises:
+      ValueError: no strategy takes so few tokens.
+    """
+    told = choose(found.report, tokens, share=config.dev, seed=config.seed)
+    rival = told.runners_up[0].difference if told.runners_up else None
+    return (
+        *(tokens, told.strategy, told.chosen.dev, told.accuracy.mean, _interval(told.accuracy)),
+        *(None if rival is None else rival.mean, _interval(rival)),
+        *(told.hindsight.strategy, told.regret),
+    )
 
 
 DOUBTS = (
