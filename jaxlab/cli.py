@@ -300,10 +300,11 @@ def _show(report: "Report", folder: Path) -> None:
     """A report's figures, on the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("", "", show_header=False, title=report.title, title_justify="left", box=None)
+    table = Table("", "", show_header=False, title=Text(report.title), title_justify="left", box=None)
     for name, value in report.metrics.items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+        table.add_row(Text(name), Text(f"{value:,.4g}" if isinstance(value, float) else str(value)))
     console = Console()
     console.print(table)
     for note in report.notes:

@@ -42,8 +42,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """Prints rows under their columns; without columns the rows are names and values."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*(columns or ("", "")), title=title, title_justify="left", box=None, show_header=bool(columns))
+    table = Table(title=Text(title), title_justify="left", box=None, show_header=bool(columns))
+    for column in columns or ("", ""):
+        table.add_column(Text(column))
     for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+        cells = ("" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row)
+        table.add_row(*map(Text, cells))  # a text in brackets is no markup
     Console().print(table)

@@ -94,6 +94,7 @@ def test_commands(report, config, tmp_path):
     told = CliRunner().invoke(app, ["vlm-scaling", "report", str(path), "--budget", "100000"], env={"COLUMNS": "200"})
     assert told.exit_code == 0, told.output
     assert "Strategies, rl" in told.output
+    assert "best-of[blind+solution]@4" in told.output
     assert "for at most 100000 tokens a question" in told.output
     poor = CliRunner().invoke(app, ["vlm-scaling", "report", str(path), "--budget", "3"])
     assert poor.exit_code == 2
