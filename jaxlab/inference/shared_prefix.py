@@ -76,7 +76,7 @@ class SharedPrefixCache:
         slots = by_prompt(positions) - self.lengths[:, None, None]
         slots = jnp.where(by_prompt(positions) < 0, -1, slots)
         keys, values, suffix = self.suffix.write(layer, k, v, slots.reshape(positions.shape))
-        # As `shared_prefix_attention` has them, tokens before heads; a CPU undoes the transposition without a copy.
+        # As `shared_prefix_attention` has them, tokens before heads; it undoes the transposition without a copy.
         prefix_k, prefix_v = (x.transpose(0, 2, 1, 3).astype(q.dtype) for x in self.prefix.read(layer))
         own_k, own_v = (by_prompt(x).transpose(0, 1, 3, 2, 4).astype(q.dtype) for x in (keys, values))
 

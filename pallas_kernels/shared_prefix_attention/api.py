@@ -26,7 +26,8 @@ def shared_prefix_attention(
     A query sees the first `prefix_lengths[b]` keys of its prompt, which all samples share and which are read once, and
     the first `suffix_lengths[b, n]` of its own. The two softmaxes are merged by their log-sum-exp (flash decoding).
     Softmax and accumulation are float32, the weights meet the values in the values' dtype. Query head h reads
-    key/value head h // (H / Hkv). A query that sees nothing gives zeros. There is no gradient: it is for decoding.
+    key/value head h // (H / Hkv). A query that sees nothing gives zeros. There is no gradient: it is for decoding. Keys
+    and values are read with heads before tokens: transposed views of arrays that lie so are not copied.
 
     Args:
         q: `[B,N,H,D]`.

@@ -41,6 +41,9 @@ def forward(
     check(interpret, q)
     (batch, samples, heads, _), (_, keys, kv_heads, _) = q.shape, prefix_k.shape
     group = heads // kv_heads
+    # Heads before tokens: where the caller's arrays lie so, and ours of them are views, nothing is copied.
+    prefix_k, prefix_v = (x.transpose(0, 2, 1, 3) for x in (prefix_k, prefix_v))
+    suffix_k, suffix_v = (x.transpose(0, 1, 3, 2, 4) for x in (suffix_k, suffix_v))
     pieces = min(_PIECES, pl.cdiv(keys, _PIECE))
     rows = min(_ROWS, _power_of_two(samples * group))
     tiles = pl.cdiv(samples * group, rows)
@@ -84,9 +87,9 @@ def _prefix_kernel(
     q, length = load(q_ref, where, upright(real), inside), lengths[batch]
 
     def keys_at(ref, column):
-        return load(ref, (batch, column[:, None], kv_head, feature[None, :]), upright(column < length), inside)
+        return load(ref, (batch, kv_head, column[:, None], feature[None, :]), upright(column < length), inside)
 
-    steps = pl.cdiv(k_ref.shape[1], pieces * _COLUMNS)
+    steps = pl.cdiv(k_ref.shape[2], pieces * _COLUMNS)
     low = piece * steps
     high = jnp.minimum(low + steps, lax.div(length + (_COLUMNS - 1), jnp.int32(_COLUMNS)))
     out, peak, total = _attended(q, low, high, length, k_ref, v_ref, keys_at, scale, _nothing(q))
@@ -109,7 +112,7 @@ def _suffix_kernel(
     q, length = load(q_ref, where, upright(real), inside), lengths[batch, sample]
 
     def keys_at(ref, column):
-        where = (batch, sample, column[:, None], kv_head, feature[None, :])
+        where = (batch, sample, kv_head, column[:, None], feature[None, :])
         return load(ref, where, upright(column < length), inside)
 
     high = lax.div(jnp.maximum(length, 0) + (_COLUMNS - 1), jnp.int32(_COLUMNS))
