@@ -71,9 +71,22 @@ def _varlen_gpu_shapes():
     return q, q, q, jax.ShapeDtypeStruct((65,), jnp.int32), q
 
 
+def _shared(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths, *, implementation=None):
+    """Of keys and values with heads before tokens, as a cache holds them."""
+    prefix = (x.swapaxes(1, 2) for x in (prefix_k, prefix_v))
+    suffix = (x.swapaxes(2, 3) for x in (suffix_k, suffix_v))
+    return shared_prefix_attention(q, *prefix, prefix_lengths, *suffix, suffix_lengths, implementation=implementation)
+
+
+def _shared_exact(q, prefix_k, prefix_v, prefix_lengths, suffix_k, suffix_v, suffix_lengths):
+    prefix = (x.swapaxes(1, 2) for x in (prefix_k, prefix_v))
+    suffix = (x.swapaxes(2, 3) for x in (suffix_k, suffix_v))
+    return (shared_oracle.attention(q, *prefix, prefix_lengths, *suffix, suffix_lengths),)
+
+
 def _shared_shapes(samples, heads, kv_heads, dim, prefix, suffix, dtype):
     array, lengths = (functools.partial(jax.ShapeDtypeStruct, dtype=x) for x in (dtype, jnp.int32))
-    keys, own = array((1, prefix, kv_heads, dim)), array((1, samples, suffix, kv_heads, dim))
+    keys, own = array((1, kv_heads, prefix, dim)), array((1, samples, kv_heads, suffix, dim))
     return array((1, samples, heads, dim)), keys, keys, lengths((1,)), own, own, lengths((1, samples))
 
 
@@ -136,13 +149,13 @@ OPS = (
     Op(
         name="shared_prefix_attention",
         what="One step of decoding of samples that share a prompt, whose keys are read once.",
-        function=shared_prefix_attention,
+        function=_shared,
         implementations=("xla", "reference"),
         peer="reference",
         gpu_implementations=("triton", "xla", "reference"),
         arrays=_shared_arrays,
         shape="16 samples, 4 heads over 2 of keys and values, 32 wide, 500 keys shared, 50 of each",
-        oracle=lambda *args: (shared_oracle.attention(*args),),
+        oracle=_shared_exact,
         differentiate=(),
         gpu_shapes=functools.partial(_shared_shapes, 16, 16, 2, 128, 2048, 256, jnp.bfloat16),
         gpu_shape="16 samples, 16 heads over 2, 128 wide, 2048 keys shared, 256 of each, bfloat16",
