@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.evidence import Item
 
-SYSTEM = "vlm_scaling"
+SYSTEM = "vlm-scaling"
 
 SAMPLES = (1, 4, 16, 64, 256)
 GPU = "h100"
