@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, PyTree
 from jaxlab.eaglet.envs.base import Task
 from jaxlab.eaglet.planner import Planner, TrainResult
 from jaxlab.eaglet.plans import Plan
-from jaxlab.eaglet.supervised import Row, RowBatches, SFTConfig, TrainingRun, check_rows, padded_length
 from jaxlab.rl.logps import TextInputs, text_logps
-from jaxlab.training import Loss, LossOutput, OptimizerConfig
+from jaxlab.training import Loss, LossOutput, OptimizerConfig, RowBatches, SFTConfig, TrainingRun
+from jaxlab.training.supervised import Row, check_rows, padded_length
 
 
 @dataclasses.dataclass(frozen=True)

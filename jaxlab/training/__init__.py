@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxlab.training.loss import Loss, LossOutput, cross_entropy, lm_loss, perplexity
     from jaxlab.training.run import TrainConfig, Trainer, plan, train, trained
     from jaxlab.training.step import TrainState, make_train_step
-    from jaxlab.training.supervised import CompletionBatches, SFTConfig, Supervised
+    from jaxlab.training.supervised import CompletionBatches, RowBatches, SFTConfig, Supervised, TrainingRun
     from jaxlab.training.text import TextBatches, TokenBatch, documents, split_documents, text_batches
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Loss",
     "LossOutput",
     "OptimizerConfig",
+    "RowBatches",
     "SFTConfig",
     "Supervised",
     "TextBatches",
@@ -41,6 +42,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "Trainer",
+    "TrainingRun",
     "cross_entropy",
     "decay_mask",
     "documents",
@@ -65,7 +67,7 @@ __getattr__, __dir__ = lazy.attach(
         "loss": ("Loss", "LossOutput", "cross_entropy", "lm_loss", "perplexity"),
         "run": ("TrainConfig", "Trainer", "plan", "train", "trained"),
         "step": ("TrainState", "make_train_step"),
-        "supervised": ("CompletionBatches", "SFTConfig", "Supervised"),
+        "supervised": ("CompletionBatches", "RowBatches", "SFTConfig", "Supervised", "TrainingRun"),
         "text": ("TextBatches", "TokenBatch", "documents", "split_documents", "text_batches"),
     },
 )

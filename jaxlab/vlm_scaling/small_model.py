@@ -21,7 +21,7 @@ from jaxlab.models import load_pretrained, load_tokenizer, save_pretrained, word
 from jaxlab.models.qwen2_5_vl import Config, Qwen25VL, VisionConfig, init_params
 from jaxlab.rl.config import GRPOConfig, check_choice
 from jaxlab.rl.loop import PolicyTrainer
-from jaxlab.training import SFTConfig, Supervised
+from jaxlab.training import SFTConfig, TrainingRun
 from jaxlab.vlm_scaling import visual_math
 from jaxlab.vlm_scaling.extract import extract
 from jaxlab.vlm_scaling.grade import correct
@@ -232,7 +232,7 @@ class SmallModel:
         room = start.model.config.text.max_position_embeddings
         batches = VisualBatches(courses, start.prompts, seed=config.seed, room=room)
         loss = VisualLoss(start.model, batches.grid)
-        run = Supervised(start.params, loss, batches, config, folder=self.folder / "runs" / name)
+        run = TrainingRun(start.params, loss, batches, config, folder=self.folder / "runs" / name)
         return start._replace(params=run.until(config.steps))
 
     def _reinforced(self, start: Trained) -> Trained:

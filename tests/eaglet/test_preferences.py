@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.eaglet import DPOConfig, Plan, Planner, SFTConfig, dpo_loss, sample_plans, train_dpo, train_sft
+from jaxlab.eaglet import DPOConfig, Plan, Planner, dpo_loss, sample_plans, train_dpo, train_sft
 from jaxlab.eaglet.preferences import PreferenceBatches, preference_loss
+from jaxlab.training import SFTConfig
 from tests.eaglet import toys
 from tests.eaglet.toys import BROKEN, TASK, EchoEnv, Says, equal, killed_at, plan
 from tests.oracles import eaglet as oracle
