@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlab import doctor, recipes
+from jaxlab import core, doctor, recipes
 
 RECIPES: dict[str, str] = {
     "answer": "jaxlab.foundation.answer:configs/foundation/answer.yaml",
@@ -189,15 +189,8 @@ def _write(folder: Path, sections: Sequence[Section]) -> None:
         told.append(entry)
         parts.append((section.name, section.state, section.seconds, section.error, report))
     content = {"format": _FORMAT, **facts, "sections": told}
-    _replace(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    _replace(folder / "report.html", _tour_page.render(parts, facts))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    core.replace_file(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    core.replace_file(folder / "report.html", _tour_page.render(parts, facts))
 
 
 def _say(text: str) -> None:

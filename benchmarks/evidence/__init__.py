@@ -11,13 +11,12 @@ import datetime
 import hashlib
 import importlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlab import doctor
+from jaxlab import core, doctor
 
 HERE = Path(__file__).resolve().parent
 _ROOT = HERE.parent.parent
@@ -164,12 +163,5 @@ def _cell(value: Any) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    _replace(path, json.dumps(content, indent=1) + "\n")
-    _replace(path.with_suffix(".md"), render(content))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    core.replace_file(path, json.dumps(content, indent=1) + "\n")
+    core.replace_file(path.with_suffix(".md"), render(content))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxlab.core.config import load_config, save_config, to_dict
     from jaxlab.core.config_files import find_config
     from jaxlab.core.data import data_path
-    from jaxlab.core.folders import kept_or_temporary
+    from jaxlab.core.folders import kept_or_temporary, replace_file
     from jaxlab.core.keys import named_key
     from jaxlab.core.mesh import DEFAULT_RULES, MESH_AXES, make_mesh, shardings
     from jaxlab.core.metrics import MetricsLogger
@@ -49,6 +49,7 @@ __all__ = [
     "named_key",
     "plan",
     "progress",
+    "replace_file",
     "save_config",
     "shardings",
     "statistics",
@@ -64,7 +65,7 @@ __getattr__, __dir__ = lazy.attach(
         "config": ("load_config", "save_config", "to_dict"),
         "config_files": ("find_config",),
         "data": ("data_path",),
-        "folders": ("kept_or_temporary",),
+        "folders": ("kept_or_temporary", "replace_file"),
         "keys": ("named_key",),
         "mesh": ("DEFAULT_RULES", "MESH_AXES", "make_mesh", "shardings"),
         "metrics": ("MetricsLogger",),

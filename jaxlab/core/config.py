@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
+from jaxlab.core.folders import replace_file
+
 T = TypeVar("T")
 
 _RECIPE_KEY = "system"
@@ -60,11 +62,7 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
     """Writes a config as YAML that `load_config` reads back, by one rename."""
     from omegaconf import OmegaConf
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(config)))))
-    os.replace(temporary, path)
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(config)))))
 
 
 def _read(path: Path) -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""Where a run keeps what it makes."""
+"""Where a run keeps what it makes, and how a file of it is written."""
 
 import contextlib
 import os
@@ -15,3 +15,12 @@ def kept_or_temporary(folder: str | os.PathLike | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as made:
         yield Path(made)
+
+
+def replace_file(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file by one rename: a reader sees the old one or the new one. Its folder is made if it is not there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlab.core.folders import replace_file
+
 _FORMAT = "jaxlab.report/1"
 
 
@@ -55,7 +57,7 @@ class Report:
         plots = []
         for index, (title, plot) in enumerate(self.plots):
             name = f"plot_{index:02}.png"
-            _replace(folder / name, plot if isinstance(plot, bytes) else _png(plot))
+            replace_file(folder / name, plot if isinstance(plot, bytes) else _png(plot))
             plots.append({"title": title, "file": name})
         content = {
             "format": _FORMAT,
@@ -71,7 +73,7 @@ class Report:
             "notes": list(self.notes),
         }
         path = folder / "report.json"
-        _replace(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -133,9 +135,3 @@ def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
     return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -282,15 +282,11 @@ class Study:
 
     def _claim(self) -> None:
         """Says whose folder it is, before anything is kept there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / _NAME).write_text(json.dumps(_settings(self.config), indent=1) + "\n")
+        core.replace_file(self.folder / _NAME, json.dumps(_settings(self.config), indent=1) + "\n")
 
     def _write(self, path: Path, pairs: Sequence[tuple[Task, Plan]]) -> None:
         self._claim()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        rows = [json.dumps({"task_id": task.id, "text": plan.text}) for task, plan in pairs]
-        temporary.write_text("".join(f"{row}\n" for row in rows))
-        os.replace(temporary, path)
+        core.jsonl.rewrite(path, ({"task_id": task.id, "text": plan.text} for task, plan in pairs))
 
     def _read(self, path: Path) -> list[tuple[Task, Plan]]:
         known = {task.id: task for task in self.train}

@@ -191,10 +191,7 @@ def _check_folder(config: TrainConfig, folder: Path, trainer: Any) -> None:
             if name not in free and theirs != json.loads(json.dumps(value)):
                 raise ValueError(f"{name}: {folder} was trained with {theirs!r}, got {value!r}; use another folder")
     elif core.distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(mine, indent=1))
-        os.replace(temporary, path)
+        core.replace_file(path, json.dumps(mine, indent=1))
 
 
 def _peak_flops(config: DecoderConfig) -> float | None:

@@ -15,7 +15,6 @@ from jaxlab.rl.config import check_choice
 from jaxlab.vlm_scaling import aha, tasks, visual_math
 from jaxlab.vlm_scaling.cost import Meter
 from jaxlab.vlm_scaling.endpoint import EndpointReader, EndpointSampler
-from jaxlab.vlm_scaling.grade import correct
 from jaxlab.vlm_scaling.inputs import MODES, Controls, build
 from jaxlab.vlm_scaling.local import Prompts
 from jaxlab.vlm_scaling.report import Report
@@ -31,7 +30,7 @@ from jaxlab.vlm_scaling.strategies import (
     Strategy,
     WeightedVote,
 )
-from jaxlab.vlm_scaling.study import Study
+from jaxlab.vlm_scaling.study import Grade, Study, grade_exactly
 from jaxlab.vlm_scaling.verify import Verifier
 
 _SETS = {"mathvista": tasks.mathvista, "mathverse": tasks.mathverse, "geoqa": tasks.geoqa}
@@ -226,24 +225,30 @@ def investigate(config: ProtocolConfig, name: str, model: Subject, folder: Path)
     asked = questions(config)
     place = folder / "responses" / re.sub(r"[^\w.-]+", "-", name)
     place.parent.mkdir(parents=True, exist_ok=True)
-    controls = Controls(asked, seed=config.seed)
-    verifier = Verifier(model.reader, controls=controls)
-    grade: dict[str, Any] = {} if config.data == "visual_math" else {"grade": tasks.grade}
-
+    common: dict[str, Any] = {
+        "n": config.n,
+        "cache": place.with_name(f"{place.name}.jsonl"),
+        "seed": config.seed,
+        "meter": model.meter,
+        "grade": _grade(config),
+    }
+    candidates = None
+    if any(MODES[mode].shuffled for mode in config.modes):
+        candidates = Study(asked, model.sampler, strategies=[Majority(config.n)], **common).samples()
     study = Study(
         asked,
         model.sampler,
         strategies=strategies(config),
-        n=config.n,
-        verifier=verifier,
-        cache=place.with_name(f"{place.name}.jsonl"),
-        seed=config.seed,
-        meter=model.meter,
+        verifier=Verifier(model.reader, controls=Controls(asked, candidates, seed=config.seed)),
         baseline=f"majority@{config.n}",
-        **grade,
+        **common,
     )
     report = study.run()
     return Findings(report, _doubts(config, asked, study, model, place.with_name(f"{place.name}.doubts.json")))
+
+
+def _grade(config: ProtocolConfig) -> Grade:
+    return grade_exactly if config.data == "visual_math" else tasks.grade
 
 
 def _doubts(config: ProtocolConfig, asked: Sequence[Question], study: Study, model: Subject, kept: Path) -> Doubts:
@@ -253,7 +258,7 @@ def _doubts(config: ProtocolConfig, asked: Sequence[Question], study: Study, mod
         for answer, sample in zip(answers[question.id], samples[question.id]):
             of.append(question.id)
             marked.append(bool(aha.find(sample.text)))
-            right.append(correct(answer, question.answer, choices=question.choices))
+            right.append(_grade(config)(answer, question))
     contrast = aha.contrast(of, marked, right, seed=config.seed)
     if not chosen or not hasattr(model.sampler, "extend"):
         return Doubts(contrast, {}, None, {})
@@ -273,5 +278,5 @@ def _doubts(config: ProtocolConfig, asked: Sequence[Question], study: Study, mod
     table = aha.outcome_table([change.outcome for change in changes])
     interval = None if found.difference is None else list(dataclasses.astuple(found.difference))
     told = {"config": decides, "changes": table, "inserted": interval, "outcomes": found.outcomes}
-    kept.write_text(json.dumps(told, indent=1) + "\n")
+    core.replace_file(kept, json.dumps(told, indent=1) + "\n")
     return Doubts(contrast, table, found.difference, found.outcomes)

@@ -30,7 +30,8 @@ __all__ = ["Question", "Report", "Row", "Sample", "Study", "split"]
 Grade = Callable[[str | None, Question], bool]
 
 
-def _correct(answer: str | None, question: Question) -> bool:
+def grade_exactly(answer: str | None, question: Question) -> bool:
+    """`grade.correct`."""
     return correct(answer, question.answer, choices=question.choices)
 
 
@@ -47,7 +48,7 @@ class Study:
         verifier: JudgesSamples | None = None,
         cache: str | os.PathLike | None = None,
         seed: int = 0,
-        grade: Grade = _correct,
+        grade: Grade = grade_exactly,
         style: Style = "jaxlab",
         meter: Meter | None = None,
         baseline: str | None = None,

@@ -15,7 +15,7 @@ from jaxlab.vlm_scaling.small_model import SmallModel, Trained
 from tests.vlm_scaling import toys
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no update is made")
-MODES = ("image+solution", "blind+solution")
+MODES = ("image+solution", "blind+solution", "shuffled+solution")
 
 
 @pytest.fixture(scope="module")
