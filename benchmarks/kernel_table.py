@@ -7,7 +7,7 @@ and spills from `ptxas`. Without the extra `aot` the GPU tables say so.
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ GPUS = ("h100", "a100")
 MIB = 2**20
 
 
-def lines(ops: Sequence[Op] = OPS) -> Iterator[str]:
-    """The page, line by line."""
+def lines(ops: Sequence[Op] = OPS, kept: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The page, line by line; sections that are `kept` are not made anew."""
     yield "# Kernels"
     yield ""
     yield f"Written by `python -m benchmarks.kernel_table` with JAX {jax.__version__}; nothing here is typed by hand."
@@ -40,17 +40,28 @@ def lines(ops: Sequence[Op] = OPS) -> Iterator[str]:
         "nothing ran on a GPU."
     )
     for op in ops:
-        yield from ("", f"## {op.name}", "", op.what, "", f"On this CPU: {op.shape}.", "")
-        yield from _table(_CPU_HEAD.format(peer=op.peer), _cpu_rows(op))
-        yield from ("", f"Compiled for GPUs: {op.gpu_shape}.", "")
-        try:
-            rows = list(_gpu_rows(op))
-        except MissingExtra as missing:
-            yield f"Not compiled: {missing}."
-        else:
-            yield from _table(_GPU_HEAD, rows)
-        if op.notes:
-            yield from ("", op.notes)
+        yield from ("", f"## {op.name}", "")
+        yield from _section(op) if op.name not in (kept or {}) else (kept or {})[op.name].splitlines()
+
+
+def sections(page: str) -> dict[str, str]:
+    """Op -> its section of a page, without the heading."""
+    parts = [part.partition("\n") for part in page.split("\n## ")[1:]]
+    return {name: text.strip("\n") for name, _, text in parts}
+
+
+def _section(op: Op) -> Iterator[str]:
+    yield from (op.what, "", f"On this CPU: {op.shape}.", "")
+    yield from _table(_CPU_HEAD.format(peer=op.peer), _cpu_rows(op))
+    yield from ("", f"Compiled for GPUs: {op.gpu_shape}.", "")
+    try:
+        rows = list(_gpu_rows(op))
+    except MissingExtra as missing:
+        yield f"Not compiled: {missing}."
+    else:
+        yield from _table(_GPU_HEAD, rows)
+    if op.notes:
+        yield from ("", op.notes)
 
 
 _TENSOR_CORE = ("wgmma", "mma.sync", "tcgen05.mma")
@@ -173,9 +184,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_table", description=__doc__.partition("\n")[0])
     parser.add_argument("file", nargs="?", type=Path, default=FILE)
+    parser.add_argument("--op", action="append", choices=[op.name for op in OPS], help="make this section anew alone")
     options = parser.parse_args(args)
     _platform.prefer_cpu_without_gpu()
-    text = "\n".join(lines()) + "\n"
+    kept = sections(options.file.read_text()) if options.op else {}
+    text = "\n".join(lines(kept={name: text for name, text in kept.items() if name not in options.op})) + "\n"
     options.file.write_text(text)
     print(f"{options.file.name}: {len(OPS)} ops")
 
