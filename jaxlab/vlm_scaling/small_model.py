@@ -2,8 +2,8 @@
 
 The classes are those of Qwen2.5-VL; sizes and vocabulary are small. Four stages, each from the one before: "solver"
 learns worked solutions; "base" and "sft" go on with them and learn to judge the stage before by its own samples, as
-many right as wrong (the first for a short time, the second for a long one); "rl" is the second after reinforcement by
-exact answers alone.
+many right as wrong of each question (the first for a short time, the second for a long one); "rl" is the second after
+reinforcement by exact answers alone.
 """
 
 import dataclasses
@@ -259,24 +259,23 @@ class SmallModel:
         return lessons
 
     def _verdicts(self, judged: Trained, name: str) -> dict[bool, list[Lesson]]:
-        """Verdicts on samples of a model, as many yes as no: with images, and without."""
+        """Verdicts on samples of a model, as many yes as no on each question: with images, and without."""
         config, sampler = self.config, judged.sampler(max_tokens=longest_solution(judged.tokenizer))
         seed = config.seed * len(STAGES) + STAGES.index(name)
-        kinds: dict[bool, list[tuple[Question, Sample]]] = {True: [], False: []}
-        for question in core.progress(self.questions[-config.judged :], f"samples to judge, {name}"):
-            for sample in sampler.sample(question, range(config.samples), seed=seed):
-                answer = extract(sample.text).value
-                kinds[correct(answer, question.answer)].append((question, sample))
-        count = min(map(len, kinds.values()))
         lessons: dict[bool, list[Lesson]] = {True: [], False: []}
-        for right, pairs in kinds.items():
-            for question, sample in pairs[:count]:
-                for mode in JUDGED:
-                    request = build(question, [sample], mode=mode)[0]
-                    made = judged.prompts.verification(request)
-                    seen = MODES[mode].image == "own"
-                    image = question.images[0] if seen else None
-                    lessons[seen].append(_lesson(judged, made, "Yes" if right else "No", image))
+        for question in core.progress(self.questions[-config.judged :], f"samples to judge, {name}"):
+            kinds: dict[bool, list[Sample]] = {True: [], False: []}
+            for sample in sampler.sample(question, range(config.samples), seed=seed):
+                kinds[correct(extract(sample.text).value, question.answer)].append(sample)
+            # Were there more yes than no for a kind of question, the kind would be what is learnt.
+            for yes, no in zip(kinds[True], kinds[False]):
+                for sample, said in ((yes, "Yes"), (no, "No")):
+                    for mode in JUDGED:
+                        made = judged.prompts.verification(build(question, [sample], mode=mode)[0])
+                        seen = MODES[mode].image == "own"
+                        lessons[seen].append(_lesson(judged, made, said, question.images[0] if seen else None))
+        if not lessons[True]:
+            raise ValueError(f"samples: expected right and wrong ones of some question to judge, got none for {name!r}")
         return lessons
 
 
