@@ -17,6 +17,7 @@
 
 # %%
 # %matplotlib inline
+import textwrap
 from collections import Counter
 
 import numpy as np
@@ -53,22 +54,24 @@ questions = [question for each in zip(*families.values()) for question in each]
 drawn, axes = figure(9.0, 2.3)
 for place, question in enumerate(questions[:3]):
     axes.imshow(question.images[0], extent=(100 * place, 100 * place + 84, 0, 56))
-    axes.text(100 * place, -12, question.text.replace(" : ", ":\n"), fontsize=7.5, va="top")
+    axes.text(100 * place, -8, textwrap.fill(question.text, 32), fontsize=7.5, va="top")
 axes.set_xlim(0, 284)
 axes.set_ylim(-40, 58)
 axes.set_axis_off()
 drawn
 
 # %% [markdown]
-# What it writes to the first one, eight times. It reads the image off first; where two samples read differently, their
-# answers differ.
+# What it writes, four times, to a question on which it is not sure. It reads the image off first; where two samples
+# read differently, their answers differ.
 
 # %%
 trained = Trained.load(PACKAGED["packaged-rl"])
 sampler = trained.sampler(max_tokens=64)
-for sample in sampler.sample(questions[0], range(4), seed=0):
-    print(sample.text)
-print(f"the right answer: {questions[0].answer}")
+for question in questions:
+    samples = sampler.sample(question, range(4), seed=0)
+    if len({extract.extract(sample.text).value for sample in samples}) > 2:
+        break
+print(question.text, *(sample.text for sample in samples), f"The right answer: {question.answer}", sep="\n")
 
 # %% [markdown]
 # ## Votes against self-verification
