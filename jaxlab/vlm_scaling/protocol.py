@@ -53,6 +53,7 @@ class ProtocolConfig:
       temperature: of the samples.
       max_tokens: of a sample.
       instruction: put after each question, for models that were not trained here.
+      verifier: another model that judges, named as in `models`; None: each judges itself.
       modes: of the verifier, see `verify.MODES`; the first is the strategies' own.
       doubts: questions on which the moments of doubt are looked into by further samples; 0: none.
       insertion: text of a doubt that is put in.
@@ -72,6 +73,7 @@ class ProtocolConfig:
     temperature: int | float = 1.0
     max_tokens: int = 64
     instruction: str = ""
+    verifier: str | None = None
     modes: tuple[str, ...] = JUDGED
     doubts: int = 120
     insertion: str = "Wait ,"
@@ -148,7 +150,10 @@ def questions(config: ProtocolConfig) -> list[Question]:
 
 
 def subject(config: ProtocolConfig, name: str, folder: Path) -> Subject:
-    """The model of a name in `config.models`: trained, opened, or reached."""
+    """The model of a name in `config.models`: trained, opened, or reached; with the verifier that another one is."""
+    if config.verifier is not None:
+        reader = subject(dataclasses.replace(config, verifier=None), config.verifier, folder).reader
+        return subject(dataclasses.replace(config, verifier=None), name, folder)._replace(reader=reader)
     options: dict[str, Any] = {"temperature": config.temperature, "max_tokens": config.max_tokens}
     if "@" in name and "://" in name:
         model, _, url = name.partition("@")
@@ -223,7 +228,8 @@ def kept(config: ProtocolConfig, name: str, folder: Path) -> Findings:
 def investigate(config: ProtocolConfig, name: str, model: Subject, folder: Path) -> Findings:
     """Runs the protocol on one model; what was drawn is kept in the folder, and not drawn again."""
     asked = questions(config)
-    place = folder / "responses" / re.sub(r"[^\w.-]+", "-", name)
+    judged = name if config.verifier is None else f"{name} by {config.verifier}"
+    place = folder / "responses" / re.sub(r"[^\w.-]+", "-", judged)
     place.parent.mkdir(parents=True, exist_ok=True)
     common: dict[str, Any] = {
         "n": config.n,

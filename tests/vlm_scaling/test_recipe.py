@@ -87,6 +87,15 @@ def test_a_folder_is_a_model_as_well(report, config):
     assert again.tables[0][2][0][:2] == report.tables[0][2][0][:2]
 
 
+def test_another_model_can_judge(report, config):
+    changed = dataclasses.replace(config, models=("rl",), verifier="sft")
+    found = recipe.run(changed)
+    of_itself = [row for row in report.tables[2][2] if row[0] == "rl"]
+    assert found.tables[1][2] != of_itself  # the same samples, and other verdicts
+    samples = [row for row in found.tables[0][2] if row[0].startswith(("greedy", "majority", "oracle"))]
+    assert samples == [row for row in report.tables[1][2] if row[0].startswith(("greedy", "majority", "oracle"))]
+
+
 def test_commands(report, config, tmp_path):
     given = {"system": "vlm-scaling", **core.to_dict(config)}
     path = tmp_path / "run.yaml"
