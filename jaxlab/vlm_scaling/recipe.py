@@ -53,7 +53,7 @@ def _run(config: ProtocolConfig, folder: Path) -> core.Report:
             ("What verdicts rest on", pictures.verdicts(reports, config.modes)),
         ),
         notes=(
-            "All of it measured, on questions whose images no model was trained on. Intervals are bootstrapped over "
+            "All of it measured; the small model was trained on other images. Intervals are bootstrapped over "
             f"questions, p-values are exact McNemar tests against {vote}, after Holm's correction. Tokens are those "
             "read and written, a prefix that samples share counted once.",
             "With verdicts a sample is read again: compare accuracies at equal tokens, not at equal N.",

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from jaxlab import core, recipes, tour
 from jaxlab.cli import app
 from jaxlab.vlm_scaling import protocol, recipe
+from jaxlab.vlm_scaling.endpoint import EndpointReader, EndpointSampler
 from jaxlab.vlm_scaling.protocol import ProtocolConfig
 from jaxlab.vlm_scaling.small_model import SmallModel, Trained
 from tests.vlm_scaling import toys
@@ -151,6 +152,18 @@ def test_bad_configs(changes, said):
 def test_bad_small_models(changes, said):
     with pytest.raises(ValueError, match=said):
         toys.config(**changes)
+
+
+def test_an_endpoint_is_asked_for_nothing_before_the_first_question(tmp_path):
+    pytest.importorskip("httpx")
+    found = protocol.subject(ProtocolConfig(), "qwen@http://localhost:9/v1", tmp_path)
+    assert isinstance(found.sampler, EndpointSampler)
+    assert isinstance(found.reader, EndpointReader)
+
+
+def test_a_data_set_that_is_not_there(tmp_path):
+    with pytest.raises(core.DataUnavailable, match="MathVista"):
+        protocol.questions(ProtocolConfig(data="mathvista", path=str(tmp_path)))
 
 
 def test_what_has_not_run_is_named(tmp_path):

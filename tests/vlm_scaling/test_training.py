@@ -6,6 +6,7 @@ import pytest
 
 from jaxlab.core import named_key
 from jaxlab.rl import GRPOConfig
+from jaxlab.training import SFTConfig, TrainingRun
 from jaxlab.vlm_scaling.local import Prompts
 from jaxlab.vlm_scaling.samples import Question
 from jaxlab.vlm_scaling.training import (
@@ -80,6 +81,19 @@ def test_batches_go_on_where_they_were(batches):
         np.testing.assert_array_equal(one, two)
     with pytest.raises(ValueError, match="seed = 4"):
         batches[1](seed=4).restore(first.state())
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(trained, batches, tmp_path):
+    config = SFTConfig(steps=4, batch_size=3, checkpoint_every=2)
+    loss = VisualLoss(trained.model, batches[1](seed=0).grid)
+
+    def run(folder):
+        return TrainingRun(trained.params, loss, batches[1](seed=0), config, folder=tmp_path / folder)
+
+    whole = run("whole").until(4)
+    run("killed").until(2)
+    for one, two in zip(jax.tree.leaves(whole), jax.tree.leaves(run("killed").until(4)), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_each_lesson_comes_once_before_any_twice(trained):
