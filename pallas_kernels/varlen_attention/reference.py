@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention import reference
-from pallas_kernels.varlen_attention.segments import segment_ids
+from pallas_kernels.varlen_attention.segments import as_one_row
 
 
 def forward(
@@ -16,11 +16,7 @@ def forward(
     scale: float,
 ) -> tuple[Float[Array, "t h d"], Float[Array, "h t"]]:
     """Output and log-sum-exp of every row."""
-    ids = segment_ids(offsets, q.shape[0])[None]
-    out, lse = reference.forward(
-        q[None], k[None], v[None], (ids, ids, None), causal=False, window=None, scale=scale
-    )  # fmt: skip
-    return out[0], lse[0]
+    return as_one_row(reference.forward, q, k, v, offsets, scale=scale)
 
 
 def backward(
@@ -36,9 +32,4 @@ def backward(
     scale: float,
 ) -> tuple[Float[Array, "t h d"], Float[Array, "t hkv d"], Float[Array, "t hkv d"]]:
     """Gradients of q, k and v."""
-    ids = segment_ids(offsets, q.shape[0])[None]
-    whole = (x[None] for x in (out, lse, d_out))
-    dq, dk, dv = reference.backward(
-        q[None], k[None], v[None], (ids, ids, None), *whole, causal=False, window=None, scale=scale
-    )
-    return dq[0], dk[0], dv[0]
+    return as_one_row(reference.backward, q, k, v, offsets, out, lse, d_out, scale=scale)

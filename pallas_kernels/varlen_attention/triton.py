@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention import triton, triton_backward
 from pallas_kernels.flash_attention.triton_tiles import Tiles
-from pallas_kernels.varlen_attention.segments import segment_ids
+from pallas_kernels.varlen_attention.segments import as_one_row
 
 # Tiles as high as a window; more warps where a tile's gradients of keys and values are held in registers, too.
 _TILES, _KEYS_TILES = Tiles(64, 64, warps=4, stages=2), Tiles(64, 64, warps=8, stages=2)
@@ -28,10 +28,8 @@ def forward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "t h d"], Float[Array, "h t"]]:
     """Output and log-sum-exp of every row."""
-    ids = segment_ids(offsets, q.shape[0])[None]
-    rules = {"causal": False, "window": None, "scale": scale, "interpret": interpret}
-    out, lse = triton.forward(q[None], k[None], v[None], (ids, ids, None), tiles=_tiles(q)[0], **rules)
-    return out[0], lse[0]
+    rules = {"scale": scale, "interpret": interpret, "tiles": _tiles(q)[0]}
+    return as_one_row(triton.forward, q, k, v, offsets, **rules)
 
 
 def backward(
@@ -48,8 +46,5 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "t h d"], Float[Array, "t hkv d"], Float[Array, "t hkv d"]]:
     """Gradients of q, k and v, from what `forward` gave."""
-    ids = segment_ids(offsets, q.shape[0])[None]
-    whole = (x[None] for x in (out, lse, d_out))
-    rules = {"causal": False, "window": None, "scale": scale, "interpret": interpret}
-    dq, dk, dv = triton_backward.backward(q[None], k[None], v[None], (ids, ids, None), *whole, tiles=_tiles(q), **rules)
-    return dq[0], dk[0], dv[0]
+    rules = {"scale": scale, "interpret": interpret, "tiles": _tiles(q)}
+    return as_one_row(triton_backward.backward, q, k, v, offsets, out, lse, d_out, **rules)
