@@ -142,6 +142,8 @@ def _bars(config: StudyConfig, gains: dict[tuple[str, str, str], Interval], exec
 
 def _curve(folder: Path) -> tuple[tuple[str, Any], ...]:
     """Reward and episode length by update, where there was reinforcement."""
+    from matplotlib.ticker import MaxNLocator
+
     from jaxlab.core.figures import BLUE, figure
 
     rows = core.jsonl.read(folder / "runs" / "grpo" / "metrics.jsonl")
@@ -151,5 +153,6 @@ def _curve(folder: Path) -> tuple[tuple[str, Any], ...]:
     drawn, axes = figure(7.0, 3.2)
     axes.plot(range(1, len(rewards) + 1), rewards, color=BLUE, linewidth=1.4)
     axes.set_xlabel("update")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("mean R_final of plans drawn")
     return (("Reinforcement", drawn),)
