@@ -34,7 +34,6 @@ def items() -> Iterator[Item]:
             yield from (_longest_item(gpu, "all", count) for count in DEVICES[1:])
             yield from (_crop_item(CROPS[-1], f"without {name}") for name in FUSED)
     yield from (_crop_item(crop, f"without {name}") for crop in CROPS[:-1] for name in FUSED)
-    yield from (_longest_item(gpu, "all", count) for gpu in GPUS[1:] for count in DEVICES[1:])
 
 
 def _crop_item(crop: int, way: str) -> Item:
