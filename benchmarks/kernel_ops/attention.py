@@ -1,4 +1,4 @@
-"""Attention: causal, with a pair bias (MegaFold), within windows, over a shared prompt (VLM scaling)."""
+"""Attention: causal, with a pair bias (MegaFold), within windows, over a shared prompt (VLM scaling), over pages."""
 
 import functools
 
@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import voltanallm_kernel as paged
 from benchmarks.kernel_ops.op import Op
 from pallas_kernels.evo_attention import evo_attention
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.shared_prefix_attention import shared_prefix_attention
 from pallas_kernels.varlen_attention import varlen_attention
 from tests.oracles import attention as attention_oracle
 from tests.oracles import evo_attention as evo_oracle
+from tests.oracles import paged_attention as paged_oracle
 from tests.oracles import shared_prefix_attention as shared_oracle
 from tests.oracles import varlen_attention as varlen_oracle
 
@@ -98,6 +101,17 @@ def _shared_arrays():
     return tuple(arrays)
 
 
+def _paged(*args, implementation=None):
+    """Of one layer of several."""
+    if implementation == "jax":
+        return paged.jax_kernel(*args)
+    return paged_attention(*args[:5], layer=args[5], implementation=implementation)
+
+
+def _paged_exact(q, k_pages, v_pages, page_table, lengths, layer):
+    return (paged_oracle.attention(q, k_pages[layer], v_pages[layer], page_table, lengths),)
+
+
 OPS = (
     Op(
         name="flash_attention",
@@ -159,5 +173,25 @@ OPS = (
         differentiate=(),
         gpu_shapes=functools.partial(_shared_shapes, 16, 16, 2, 128, 2048, 256, jnp.bfloat16),
         gpu_shape="16 samples, 16 heads over 2, 128 wide, 2048 keys shared, 256 of each, bfloat16",
+    ),
+    Op(
+        name="paged_attention",
+        what="One step of decoding over a layer of a paged cache (VoltanaLLM's engine).",
+        function=_paged,
+        implementations=("xla", "reference"),
+        peer="reference",
+        gpu_implementations=("triton", "jax", "xla", "reference"),
+        arrays=functools.partial(paged.arrays, (16, 4, 2, 32, 16, 32, 512)),
+        shape="16 rows of 8 to 512 tokens in pages of 16, 4 heads over 2 of keys and values, 32 wide, 4 layers",
+        oracle=_paged_exact,
+        differentiate=(),
+        gpu_shapes=paged.abstract,
+        gpu_shape="16 rows of up to 2048 tokens in pages of 16, 32 heads over 8, 128 wide, 4 layers, bfloat16",
+        notes=(
+            "`jax` is `jax.experimental.pallas.ops.gpu.paged_attention`. It takes the pages of one layer, which have "
+            "to be copied out of the cache, divides tables rather than rows among its programs, and keeps what each of "
+            "them gives in q's dtype. It does not take q and pages of different dtypes, heads whose size is no power "
+            "of two, or tables that its number of programs does not divide. `triton` is what `None` takes."
+        ),
     ),
 )

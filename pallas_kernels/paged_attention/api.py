@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, check_names, dispatch, vary_alike
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.dispatch import Implementation, check_names, dispatch, implementations, vary_alike
+from pallas_kernels.paged_attention import reference, triton, xla
 
 _OP = "paged_attention"
-_FORWARD = {"reference": reference.forward, "xla": xla.forward}
+_FORWARD = implementations(reference.forward, xla.forward, triton.forward)
 
 
 def paged_attention(
