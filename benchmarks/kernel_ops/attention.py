@@ -104,8 +104,8 @@ def _shared_arrays():
 def _paged(*args, implementation=None):
     """Of one layer of several."""
     if implementation == "jax":
-        return paged.jax_kernel(*args)
-    return paged_attention(*args[:5], layer=args[5], implementation=implementation)
+        return (paged.jax_kernel(*args),)
+    return (paged_attention(*args[:5], layer=args[5], implementation=implementation),)
 
 
 def _paged_exact(q, k_pages, v_pages, page_table, lengths, layer):
@@ -181,8 +181,8 @@ OPS = (
         implementations=("xla", "reference"),
         peer="reference",
         gpu_implementations=("triton", "jax", "xla", "reference"),
-        arrays=functools.partial(paged.arrays, (16, 4, 2, 32, 16, 32, 512)),
-        shape="16 rows of 8 to 512 tokens in pages of 16, 4 heads over 2 of keys and values, 32 wide, 4 layers",
+        arrays=functools.partial(paged.arrays, (32, 4, 2, 64, 16, 32, 512)),
+        shape="32 rows of 8 to 512 tokens in pages of 16, 4 heads over 2 of keys and values, 64 wide, 4 layers",
         oracle=_paged_exact,
         differentiate=(),
         gpu_shapes=paged.abstract,
