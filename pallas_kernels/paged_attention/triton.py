@@ -26,7 +26,7 @@ from pallas_kernels.flash_attention.triton_decoding import (
 )
 from pallas_kernels.flash_attention.triton_tiles import LOG2_E, check, load, store, upright
 
-_ROWS = 32
+_ROWS = 32  # query heads of a tile, at most
 _COLUMNS = {2: 64, 4: 32}  # keys of a tile, by the bytes of an operand of the products
 _PROGRAMS = 1024  # to fill a GPU with
 _SPLITS, _SPLIT = 32, 256  # parts of a row at most, and tokens of a part at least
@@ -125,7 +125,8 @@ def _merge_kernel(
 
     def merge(split, state):
         out = load(parts, (split, *where), upright(real), inside)
-        return merged(state, (out, *(load(ref, (split, batch, head), real) for ref in (peaks, totals))))
+        peak, total = (load(ref, (split, batch, head), real) for ref in (peaks, totals))
+        return merged(state, (out, peak, total))
 
     steps, part = _steps(lengths[batch], columns, splits)
     used = lax.div(steps + part - 1, jnp.maximum(part, 1))
