@@ -1,0 +1,198 @@
+"""EcoFreq: the lowest clock whose predicted latency meets the objective, at every wake-up (arXiv 2509.04827).
+
+A controller is woken with the metrics of the iterations since the last time and says what the clock shall be. There is
+no feedback but the measured state.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from jaxlab.voltanallm.config import check_clocks, check_objective, check_window
+from jaxlab.voltanallm.predictor import PlaneTable
+
+
+@runtime_checkable
+class Metrics(Protocol):
+    """One iteration of a worker; `jaxlab.inference.IterationMetrics` is one.
+
+    A prefill worker tells it before the batch runs, a decode worker after the step.
+
+    Attributes:
+      timestamp: seconds.
+      running: requests in the batch.
+      total: those and the ones that wait for a place: in transfer, without pages yet, queued.
+      tokens: in the running requests' caches, or of the batch's prompts.
+      waiting: requests in the queue.
+      queue_wait_s: seconds that prompts have waited, one each.
+    """
+
+    timestamp: float
+    running: int
+    total: int
+    tokens: int
+    waiting: int
+    queue_wait_s: Sequence[float]
+
+
+Arrivals = Sequence[tuple[float, int]]
+
+
+@dataclasses.dataclass
+class Counters:
+    """What a controller has done.
+
+    Attributes:
+      decisions: calls that named a clock.
+      switches: of those, to another clock than before.
+      infeasible: of those, for the highest clock because no clock was predicted to meet the objective.
+      unpredicted: of those, because the table has no prediction: the batch is above its last segment.
+    """
+
+    decisions: int = 0
+    switches: int = 0
+    infeasible: int = 0
+    unpredicted: int = 0
+
+
+class ClockController:
+    """What all controllers share: their clocks, their counters, and the drop to the lowest clock when idle.
+
+    Args:
+      freqs: MHz to choose from.
+      idle_s: without metrics for longer than this, the lowest clock is named. The time before the first call does not
+        count.
+      least: clocks that it needs at least.
+
+    Attributes:
+      freqs: ascending.
+      counters: see `Counters`.
+
+    Raises:
+      ValueError: too few clocks, or one twice.
+    """
+
+    def __init__(self, freqs: Sequence[int], *, idle_s: float = 5.0, least: int = 2):
+        self.freqs = check_clocks(freqs, least=least)
+        self.idle_s = idle_s
+        self.counters = Counters()
+        self._last = self.freqs[0]
+        self._busy_at: float | None = None
+
+    def decide(self, metrics: Sequence[Metrics], arrivals: Arrivals = (), now: float = 0.0) -> int | None:
+        """The clock from now on.
+
+        Args:
+          metrics: of the iterations since the last call, oldest first.
+          arrivals: (seconds, prompt tokens) of requests; those too old to count may be among them.
+          now: seconds, on the clock of the metrics and arrivals.
+
+        Returns:
+          MHz, even if it is the clock already; None to keep what is.
+        """
+        if metrics or self._busy_at is None:
+            idle_for, self._busy_at = 0.0, now
+        else:
+            idle_for = now - self._busy_at
+        target = self._target(metrics, arrivals, now)
+        if target is None and not metrics and idle_for > self.idle_s:
+            target = self.freqs[0]
+        if target is not None:
+            self.counters.decisions += 1
+            self.counters.switches += target != self._last
+            self._last = target
+        return target
+
+    def _target(self, metrics: Sequence[Metrics], arrivals: Arrivals, now: float) -> int | None:
+        raise NotImplementedError
+
+
+class EcoFreq(ClockController):
+    """The paper's controller, as in its code; the batch size is rounded up, so that it always falls in a segment.
+
+    It takes the lowest feasible clock, not the one of least energy: its lowest clock belongs at or above the sweet spot
+    (`jaxlab.voltanallm.wasteful_clocks`).
+
+    Args:
+      table: latency; its phase is the worker's.
+      freqs: MHz to choose from, within the table's range.
+      slo_ms: objective: time to first token of prefill, inter-token latency of decode.
+      margin: the objective is stretched by this part of itself (demo).
+      use_total_batch: take `total` for the batch size instead of `running`.
+      tps_threshold: arriving tokens a second above which the highest clock is named; None: no such rule.
+      rps_threshold: the same for requests a second.
+      window_s: over which arrivals are counted.
+      idle_s: without metrics for longer than this, the lowest clock is named.
+
+    Raises:
+      ValueError: fewer than two clocks, one twice or outside the table, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        table: PlaneTable,
+        freqs: Sequence[int],
+        slo_ms: float,
+        *,
+        margin: float = 0.35,
+        use_total_batch: bool = False,
+        tps_threshold: float | None = None,
+        rps_threshold: float | None = None,
+        window_s: float = 1.0,
+        idle_s: float = 5.0,
+    ):
+        super().__init__(freqs, idle_s=idle_s)
+        check_range(self.freqs, table)
+        check_objective(slo_ms, margin)
+        check_window(window_s, idle_s, tps_threshold, rps_threshold)
+        self.table = table
+        self.target_ms = slo_ms * (1 + margin)
+        self.use_total_batch = use_total_batch
+        self.tps_threshold, self.rps_threshold, self.window_s = tps_threshold, rps_threshold, window_s
+
+    def _target(self, metrics: Sequence[Metrics], arrivals: Arrivals, now: float) -> int | None:
+        highest = self.freqs[-1]
+        if self.tps_threshold is not None or self.rps_threshold is not None:
+            recent = [tokens for time, tokens in arrivals if now - time < self.window_s]
+            if self.tps_threshold is not None and sum(recent) / self.window_s > self.tps_threshold:
+                return highest
+            if self.rps_threshold is not None and len(recent) / self.window_s > self.rps_threshold:
+                return highest
+        if not metrics:
+            return None
+        if metrics[-1].waiting > 0:
+            return highest
+        state = batch_and_tokens(metrics, self.table.phase, use_total_batch=self.use_total_batch)
+        if state is None:
+            return None
+        waited = 1000 * max(metrics[-1].queue_wait_s, default=0.0) if self.table.phase == "prefill" else 0.0
+        latency = math.nan
+        for freq in self.freqs:
+            latency = self.table.predict(freq, *state)
+            if latency <= self.target_ms - waited:
+                return freq
+        self.counters.infeasible += 1
+        self.counters.unpredicted += math.isnan(latency)
+        return highest
+
+
+def batch_and_tokens(
+    metrics: Sequence[Metrics], phase: str, *, use_total_batch: bool = False
+) -> tuple[int, float] | None:
+    """Median batch size, rounded up (1 for prefill), and median of the tokens that are not 0; None if all are."""
+    tokens = [each.tokens for each in metrics if each.tokens]
+    if not tokens:
+        return None
+    if phase == "prefill":
+        return 1, statistics.median(tokens)
+    batches = [each.total if use_total_batch else each.running for each in metrics]
+    return math.ceil(statistics.median(batches)), statistics.median(tokens)
+
+
+def check_range(freqs: Sequence[int], table: PlaneTable) -> None:
+    """Raises the ValueError of a clock that the table does not reach, the nearest that it has named."""
+    for freq, nearest in ((freqs[0], table.freqs[0]), (freqs[-1], table.freqs[-1])):
+        if not table.freqs[0] <= freq <= table.freqs[-1]:
+            raise ValueError(f"freqs: expected clocks within the table, the nearest is {nearest} MHz, got {freq}")
