@@ -18,26 +18,49 @@ from jaxlab.core import lazy
 if TYPE_CHECKING:
     from jaxlab.voltanallm.config import ControllerConfig
     from jaxlab.voltanallm.controller import EcoFreq
+    from jaxlab.voltanallm.controllers import (
+        AIMD,
+        DynamoLLM,
+        GreenLLM,
+        StaticClock,
+        ThrottLLeM,
+        best_static_clock,
+        make_controller,
+    )
     from jaxlab.voltanallm.fitting import fit_decode, fit_prefill
     from jaxlab.voltanallm.gpu import GPUBackend, GPUUnavailableError, SimulatedGPU
+    from jaxlab.voltanallm.nvml import NVMLBackend
+    from jaxlab.voltanallm.planning import LeastEnergy, ModelPredictive
     from jaxlab.voltanallm.power import PowerModel, sweet_spot, wasteful_clocks
     from jaxlab.voltanallm.predictor import EnergyTable, LatencyTable
     from jaxlab.voltanallm.router import RequestInfo, Router, WorkerState
+    from jaxlab.voltanallm.zeus import ZeusBackend
 
 __all__ = [
+    "AIMD",
     "ControllerConfig",
+    "DynamoLLM",
     "EcoFreq",
     "EnergyTable",
     "GPUBackend",
     "GPUUnavailableError",
+    "GreenLLM",
     "LatencyTable",
+    "LeastEnergy",
+    "ModelPredictive",
+    "NVMLBackend",
     "PowerModel",
     "RequestInfo",
     "Router",
     "SimulatedGPU",
+    "StaticClock",
+    "ThrottLLeM",
     "WorkerState",
+    "ZeusBackend",
+    "best_static_clock",
     "fit_decode",
     "fit_prefill",
+    "make_controller",
     "sweet_spot",
     "wasteful_clocks",
 ]
@@ -47,10 +70,22 @@ __getattr__, __dir__ = lazy.attach(
     {
         "config": ("ControllerConfig",),
         "controller": ("EcoFreq",),
+        "controllers": (
+            "AIMD",
+            "DynamoLLM",
+            "GreenLLM",
+            "StaticClock",
+            "ThrottLLeM",
+            "best_static_clock",
+            "make_controller",
+        ),
         "fitting": ("fit_decode", "fit_prefill"),
         "gpu": ("GPUBackend", "GPUUnavailableError", "SimulatedGPU"),
+        "nvml": ("NVMLBackend",),
+        "planning": ("LeastEnergy", "ModelPredictive"),
         "power": ("PowerModel", "sweet_spot", "wasteful_clocks"),
         "predictor": ("EnergyTable", "LatencyTable"),
         "router": ("RequestInfo", "Router", "WorkerState"),
+        "zeus": ("ZeusBackend",),
     },
 )

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from jaxlab.voltanallm.config import check_clocks, check_objective, check_window
+from jaxlab.voltanallm.config import Phase, check_clocks, check_objective, check_window
 from jaxlab.voltanallm.predictor import PlaneTable
 
 
@@ -69,6 +69,7 @@ class ClockController:
     Attributes:
       freqs: ascending.
       counters: see `Counters`.
+      hysteresis: decisions for a lower clock that are withheld before one is obeyed (ours); 0, the paper's: none.
 
     Raises:
       ValueError: too few clocks, or one twice.
@@ -78,7 +79,9 @@ class ClockController:
         self.freqs = check_clocks(freqs, least=least)
         self.idle_s = idle_s
         self.counters = Counters()
+        self.hysteresis = 0
         self._last = self.freqs[0]
+        self._withheld = 0
         self._busy_at: float | None = None
 
     def decide(self, metrics: Sequence[Metrics], arrivals: Arrivals = (), now: float = 0.0) -> int | None:
@@ -99,6 +102,11 @@ class ClockController:
         target = self._target(metrics, arrivals, now)
         if target is None and not metrics and idle_for > self.idle_s:
             target = self.freqs[0]
+        elif target is not None and target < self._last and self._withheld < self.hysteresis:
+            self._withheld += 1
+            target = self._last
+        else:
+            self._withheld = 0
         if target is not None:
             self.counters.decisions += 1
             self.counters.switches += target != self._last
@@ -109,7 +117,66 @@ class ClockController:
         raise NotImplementedError
 
 
-class EcoFreq(ClockController):
+class PredictingController(ClockController):
+    """A controller that compares predicted latencies with its objective.
+
+    Args:
+      table: latency; its phase is the worker's.
+      freqs: MHz to choose from, within the table's range.
+      slo_ms: objective: time to first token of prefill, inter-token latency of decode.
+      margin: the objective is stretched by this part of itself (demo).
+      idle_s: without metrics for longer than this, the lowest clock is named.
+
+    Attributes:
+      target_ms: the stretched objective.
+
+    Raises:
+      ValueError: fewer than two clocks, one twice or outside the table, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        table: PlaneTable,
+        freqs: Sequence[int],
+        slo_ms: float,
+        *,
+        margin: float = 0.35,
+        idle_s: float = 5.0,
+    ):
+        super().__init__(freqs, idle_s=idle_s)
+        for freq, nearest in ((self.freqs[0], table.freqs[0]), (self.freqs[-1], table.freqs[-1])):
+            if not table.freqs[0] <= freq <= table.freqs[-1]:
+                raise ValueError(f"freqs: expected clocks within the table, the nearest is {nearest} MHz, got {freq}")
+        check_objective(slo_ms, margin)
+        self.table = table
+        self.target_ms = slo_ms * (1 + margin)
+
+    @property
+    def phase(self) -> Phase:
+        """The table's."""
+        return self.table.phase
+
+    def waited_ms(self, metrics: Sequence[Metrics]) -> float:
+        """What the oldest prompt has used up of the objective; 0 for decode."""
+        return 1000 * max(metrics[-1].queue_wait_s, default=0.0) if self.phase == "prefill" else 0.0
+
+    def lowest_feasible(self, batch: float, tokens: float, limit_ms: float) -> int:
+        """The lowest clock within a limit, or the highest one, counted, if none is."""
+        latency = math.nan
+        for freq in self.freqs:
+            latency = self.table.predict(freq, batch, tokens)
+            if latency <= limit_ms:
+                return freq
+        self.count_infeasible(latency)
+        return self.freqs[-1]
+
+    def count_infeasible(self, latency_ms: float) -> None:
+        """Counts a decision for the highest clock although it is too slow, or has no prediction (NaN)."""
+        self.counters.infeasible += 1
+        self.counters.unpredicted += math.isnan(latency_ms)
+
+
+class EcoFreq(PredictingController):
     """The paper's controller, as in its code; the batch size is rounded up, so that it always falls in a segment.
 
     It takes the lowest feasible clock, not the one of least energy: its lowest clock belongs at or above the sweet spot
@@ -143,12 +210,8 @@ class EcoFreq(ClockController):
         window_s: float = 1.0,
         idle_s: float = 5.0,
     ):
-        super().__init__(freqs, idle_s=idle_s)
-        check_range(self.freqs, table)
-        check_objective(slo_ms, margin)
+        super().__init__(table, freqs, slo_ms, margin=margin, idle_s=idle_s)
         check_window(window_s, idle_s, tps_threshold, rps_threshold)
-        self.table = table
-        self.target_ms = slo_ms * (1 + margin)
         self.use_total_batch = use_total_batch
         self.tps_threshold, self.rps_threshold, self.window_s = tps_threshold, rps_threshold, window_s
 
@@ -164,18 +227,10 @@ class EcoFreq(ClockController):
             return None
         if metrics[-1].waiting > 0:
             return highest
-        state = batch_and_tokens(metrics, self.table.phase, use_total_batch=self.use_total_batch)
+        state = batch_and_tokens(metrics, self.phase, use_total_batch=self.use_total_batch)
         if state is None:
             return None
-        waited = 1000 * max(metrics[-1].queue_wait_s, default=0.0) if self.table.phase == "prefill" else 0.0
-        latency = math.nan
-        for freq in self.freqs:
-            latency = self.table.predict(freq, *state)
-            if latency <= self.target_ms - waited:
-                return freq
-        self.counters.infeasible += 1
-        self.counters.unpredicted += math.isnan(latency)
-        return highest
+        return self.lowest_feasible(*state, self.target_ms - self.waited_ms(metrics))
 
 
 def batch_and_tokens(
@@ -189,10 +244,3 @@ def batch_and_tokens(
         return 1, statistics.median(tokens)
     batches = [each.total if use_total_batch else each.running for each in metrics]
     return math.ceil(statistics.median(batches)), statistics.median(tokens)
-
-
-def check_range(freqs: Sequence[int], table: PlaneTable) -> None:
-    """Raises the ValueError of a clock that the table does not reach, the nearest that it has named."""
-    for freq, nearest in ((freqs[0], table.freqs[0]), (freqs[-1], table.freqs[-1])):
-        if not table.freqs[0] <= freq <= table.freqs[-1]:
-            raise ValueError(f"freqs: expected clocks within the table, the nearest is {nearest} MHz, got {freq}")

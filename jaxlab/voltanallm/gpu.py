@@ -139,7 +139,7 @@ class SimulatedGPU:
             return self._joules
 
     def _watts(self) -> float:
-        return float(self._power.power_w(self._clock, *self._load))
+        return self._power.power_w(self._clock, *self._load)
 
     def _advance(self) -> None:
         """Integrates up to now, through the clock changes that have come due."""

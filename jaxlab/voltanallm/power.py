@@ -9,7 +9,7 @@ paid for longer: energy against clock is a U.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -72,6 +72,10 @@ class PowerModel:
             raise ValueError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(**_PRESETS[name])
 
+    @overload
+    def power_w(self, freq: float, phase: Phase, utilisation: float) -> float: ...
+    @overload
+    def power_w(self, freq: ArrayLike, phase: Phase, utilisation: ArrayLike) -> np.ndarray: ...
     def power_w(self, freq: ArrayLike, phase: Phase, utilisation: ArrayLike) -> float | np.ndarray:
         """Watts; the arguments broadcast.
 
@@ -99,7 +103,7 @@ class PowerModel:
         """Joules of an iteration: power at its clock times its predicted time, planes again."""
         planes = []
         for plane in latency.planes:
-            kilowatts = float(self.power_w(plane.freq, latency.phase, utilisation)) / 1000
+            kilowatts = self.power_w(plane.freq, latency.phase, utilisation) / 1000
             scaled = {name: getattr(plane, name) * kilowatts for name in ("batch", "tokens", "intercept")}
             planes.append(dataclasses.replace(plane, **scaled))
         return EnergyTable(latency.phase, planes)

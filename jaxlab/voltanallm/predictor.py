@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import Any, Self, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -94,7 +94,7 @@ class PlaneTable:
         self.segments = tuple((low + 1, high) for low, high in itertools.pairwise(edges) if phase == "decode")
         self._last = max(ends)
         # rows[clock][batch size] is a row of the coefficients, whose first one is "no prediction".
-        self._index = {freq: index for index, freq in enumerate(self.freqs)}
+        self._index: dict[float, int] = {freq: index for index, freq in enumerate(self.freqs)}
         rows = np.zeros((len(self.freqs), self._last + 2), np.intp)
         for row, plane in enumerate(self.planes, 1):
             rows[self._index[plane.freq], plane.start : plane.end + 1] = row
@@ -133,7 +133,7 @@ class PlaneTable:
             if phase == "prefill" and "coef_bs" in header:
                 raise ValueError(f"{path}: expected a prefill table, got column coef_bs of a decode table")
             planes = [
-                Plane(**{field: _cell(path, line, name, row[name]) for name, field in columns.items()})
+                Plane(**cast(Any, {field: _cell(path, line, name, row[name]) for name, field in columns.items()}))
                 for line, row in enumerate(reader, 2)
             ]
         try:
@@ -149,6 +149,12 @@ class PlaneTable:
             lines.append(",".join(repr(getattr(plane, field)) for field in columns.values()))
         replace_file(path, "\n".join(lines) + "\n")
 
+    @overload
+    def predict(self, freq: float, batch: float, tokens: float, *, extrapolate: bool = False) -> float: ...
+    @overload
+    def predict(
+        self, freq: ArrayLike, batch: ArrayLike, tokens: ArrayLike, *, extrapolate: bool = False
+    ) -> np.ndarray: ...
     def predict(
         self, freq: ArrayLike, batch: ArrayLike, tokens: ArrayLike, *, extrapolate: bool = False
     ) -> float | np.ndarray:
@@ -170,7 +176,7 @@ class PlaneTable:
         Raises:
           ValueError: a clock outside the table, without `extrapolate`.
         """
-        if type(freq) in _PLAIN and type(batch) in _PLAIN and type(tokens) in _PLAIN:
+        if isinstance(freq, _PLAIN) and isinstance(batch, _PLAIN) and isinstance(tokens, _PLAIN):
             return self._one(freq, batch, tokens, extrapolate)
         freq, batch, tokens = np.asarray(freq), np.asarray(batch), np.asarray(tokens)
         if not (freq.ndim or batch.ndim or tokens.ndim):
@@ -218,11 +224,11 @@ class PlaneTable:
 
     def _many(self, freq: np.ndarray, batch: np.ndarray, tokens: np.ndarray, extrapolate: bool) -> np.ndarray:
         shape = np.broadcast_shapes(freq.shape, batch.shape, tokens.shape)
-        flat = [np.broadcast_to(each, shape).reshape(-1) for each in (freq, batch, tokens)]
+        freq, batch, tokens = (np.broadcast_to(each, shape).reshape(-1) for each in (freq, batch, tokens))
         values = np.empty(math.prod(shape))
         for start in range(0, len(values), _BLOCK):
             part = slice(start, start + _BLOCK)
-            self._fill(values[part], *(each[part] for each in flat), extrapolate)
+            self._fill(values[part], freq[part], batch[part], tokens[part], extrapolate)
         return values.reshape(shape)
 
     def _fill(

@@ -9,6 +9,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -116,7 +117,7 @@ class Router:
         if stale_s is not None and not stale_s > 0:
             raise ValueError(f"stale_s: expected a positive number of seconds or None, got {stale_s}")
         self.policy = policy
-        self._table, self._energy = table, energy_table
+        self._table, self._energy = cast(LatencyTable, table), cast(EnergyTable, energy_table)  # where needed
         self._target_ms = math.inf if slo_ms is None else slo_ms * (1 + margin)
         self._tile = tile
         self._stale_s = stale_s
