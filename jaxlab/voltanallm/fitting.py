@@ -149,7 +149,7 @@ def nnls(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndar
     varies = diagonal > 1e-24 * features.shape[-2] * np.square(mean_x)
     alone = np.where(varies, np.maximum(moment, 0) / np.where(varies, diagonal, 1), 0.0)
     if features.shape[-1] == 1:
-        return alone, mean_y - (alone * mean_x).sum(axis=-1)
+        return alone, np.asarray(mean_y - (alone * mean_x).sum(axis=-1))
     determinant = diagonal[..., 0] * diagonal[..., 1] - np.square(gram[..., 0, 1])
     regular = varies.all(axis=-1) & (determinant > 1e-12 * diagonal[..., 0] * diagonal[..., 1])
     cross = np.stack(
@@ -164,7 +164,7 @@ def nnls(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndar
     first = gain[..., :1] >= gain[..., 1:]
     single = np.where(np.concatenate([first, ~first], axis=-1), alone, 0.0)
     coefficients = np.where((regular & (both >= 0).all(axis=-1))[..., None], both, single)
-    return coefficients, mean_y - (coefficients * mean_x).sum(axis=-1)
+    return coefficients, np.asarray(mean_y - (coefficients * mean_x).sum(axis=-1))
 
 
 def _consensus(

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from jaxlab.core.errors import require
 from jaxlab.voltanallm.config import check_clock
@@ -115,7 +115,7 @@ class NVMLBackend:
             raise
         self._guard = ResetOnExit(self._shut_down)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "NVMLBackend":
         return self
 
     def __exit__(self, *exception: object) -> None:

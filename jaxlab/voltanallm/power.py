@@ -9,7 +9,7 @@ paid for longer: energy against clock is a U.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,7 +58,7 @@ class PowerModel:
             raise ValueError(f"voltage_slope: expected a value in [0, 1), got {self.voltage_slope}")
 
     @classmethod
-    def preset(cls, name: str) -> Self:
+    def preset(cls, name: str) -> "PowerModel":
         """A known GPU.
 
         Args:

@@ -15,13 +15,15 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Self, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxlab.core.folders import replace_file
 from jaxlab.voltanallm.config import PHASES, Phase
+
+Table = TypeVar("Table", bound="PlaneTable")
 
 NOT_POSITIVE = 20.0
 """What is predicted where a plane says 0 or less (official code)."""
@@ -108,7 +110,7 @@ class PlaneTable:
         self._coefficient_arrays = tuple(np.array(self._coefficients).T.copy())
 
     @classmethod
-    def from_csv(cls, path: str | os.PathLike[str], phase: Phase = "decode") -> Self:
+    def from_csv(cls: type[Table], path: str | os.PathLike[str], phase: Phase = "decode") -> Table:
         """Reads a table.
 
         Args:

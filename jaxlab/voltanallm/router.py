@@ -233,14 +233,14 @@ class Router:
         clocks = _column(self._freqs, counts)
         latency = self._table.predict(clocks, counts, loads)
         joules = np.where(latency <= self._target_ms, self._energy.predict(clocks, counts, loads), np.inf)
-        before, after = np.nan_to_num(joules, nan=np.inf).min(axis=0)
+        before, after = _or_inf(joules).min(axis=0)
         # A worker that misses its objective already runs at its highest clock.
-        late = np.nan_to_num(self._energy.predict(self._freqs[-1], count, load), nan=np.inf)
+        late = _or_inf(self._energy.predict(self._freqs[-1], count, load))
         before = np.where(np.isinf(before), late, before)
         possible = np.isfinite(after) & np.isfinite(before)
         if possible.any():
             return workers[int(np.argmin(np.where(possible, after - np.where(possible, before, 0), np.inf)))]
-        last = np.nan_to_num(latency[-1, 1], nan=np.inf)
+        last = _or_inf(latency[-1, 1])
         return min(zip(last.tolist(), workers), key=lambda each: (each[0], each[1].in_flight))[1]
 
 
@@ -265,3 +265,8 @@ def _counts(workers: Workers) -> tuple[np.ndarray, np.ndarray]:
 def _column(freqs: Sequence[int], like: np.ndarray) -> np.ndarray:
     """[F, 1, ...], to broadcast against an array."""
     return np.array(freqs).reshape(-1, *(1,) * like.ndim)
+
+
+def _or_inf(values: np.ndarray) -> np.ndarray:
+    """What has no prediction is out of reach."""
+    return np.where(np.isnan(values), np.inf, values)

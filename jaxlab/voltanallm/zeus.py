@@ -3,7 +3,7 @@
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from jaxlab.core.errors import MissingExtra
 from jaxlab.voltanallm.config import check_clock
@@ -40,7 +40,7 @@ class ZeusBackend:
         self._monitor: Any = None
         self._guard = ResetOnExit(self.reset)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ZeusBackend":
         return self
 
     def __exit__(self, *exception: object) -> None:
