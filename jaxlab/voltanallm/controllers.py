@@ -213,10 +213,10 @@ class ThrottLLeM(PredictingController):
     ):
         super().__init__(table, freqs, slo_ms, margin=margin, idle_s=idle_s)
         self.horizon_s, self.mean_output = horizon_s, mean_output
-        self._rate = Rate()
+        self._rate = Rate(memory_s=2.0)
 
     def _target(self, metrics: Sequence[Metrics], arrivals: Arrivals, now: float) -> int | None:
-        self._rate.see(metrics, self.phase, self.mean_output)
+        self._rate.see(metrics, self._came)
         state = batch_and_tokens(metrics[-1:], self.phase)
         if state is None:
             return None
@@ -227,6 +227,12 @@ class ThrottLLeM(PredictingController):
                 return freq
         self.count_infeasible(latency)
         return self.freqs[-1]
+
+    def _came(self, before: Metrics, each: Metrics) -> float:
+        """Tokens of prompts; requests: the batch's growth, and those who will have left it, with lengths as assumed."""
+        if self.phase == "prefill":
+            return each.tokens
+        return each.running - before.running + before.running / self.mean_output
 
     def _later(self, freq: int, batch: int, tokens: float, latency_ms: float) -> float:
         """Latency at the end of the horizon, in prefill that of a prompt that has just missed the batch."""

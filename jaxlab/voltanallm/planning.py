@@ -5,48 +5,43 @@ the U of energy against clock. These two look at predicted energy instead, so th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxlab.voltanallm.config import Phase
 from jaxlab.voltanallm.controller import Arrivals, Metrics, PredictingController, batch_and_tokens
 from jaxlab.voltanallm.predictor import EnergyTable, LatencyTable
 
+_ROUNDS = 6
+"""On the way to the balance of a batch and its latency; each leaves the share of the latency that is the batch's."""
+
 
 class Rate:
-    """What comes to a worker each second, as far as its metrics show it: tokens of prompts, or requests that join.
-
-    Prompts that run are those that came. A decode worker's joiners are the growth of its batch and those who must have
-    left it meanwhile, one of `mean_output` requests an iteration.
+    """What comes to a worker, or is done by it, each second, as its metrics tell; old observations fade.
 
     Args:
-      memory_s: over which old observations fade.
+      memory_s: after so many seconds an observation counts 1/e.
     """
 
-    def __init__(self, memory_s: float = 2.0):
+    def __init__(self, memory_s: float):
         self._memory_s = memory_s
         self._amount = self._time = 0.0
         self._before: Metrics | None = None
 
     @property
     def per_s(self) -> float:
-        """Tokens or requests a second; 0 as long as nothing is known."""
+        """Amount a second; 0 as long as nothing is known."""
         return max(self._amount, 0.0) / self._time if self._time > 0 else 0.0
 
-    def see(self, metrics: Sequence[Metrics], phase: Phase, mean_output: float = math.inf) -> None:
-        """Takes in metrics, oldest first."""
+    def see(self, metrics: Sequence[Metrics], amount: Callable[[Metrics, Metrics], float]) -> None:
+        """Takes in metrics, oldest first; `amount` of one, given the one before, happened in the time between them."""
         for each in metrics:
             before, self._before = self._before, each
             if before is None or each.timestamp <= before.timestamp:
                 continue
             gap = each.timestamp - before.timestamp
-            if phase == "prefill":
-                amount = float(each.tokens)
-            else:
-                amount = each.running - before.running + before.running / mean_output
             keep = math.exp(-gap / self._memory_s)
-            self._amount, self._time = keep * self._amount + amount, keep * self._time + gap
+            self._amount, self._time = keep * self._amount + amount(before, each), keep * self._time + gap
 
 
 class EnergyController(PredictingController):
@@ -121,17 +116,20 @@ class LeastEnergy(EnergyController):
 
 
 class ModelPredictive(EnergyController):
-    """Plans a step ahead with the tables, and corrects them by what is measured.
+    """Plans with the tables what follows from a clock, and corrects them by what is measured.
 
     Prefill: two batches, the one about to run and the one behind it, which is made of the prompts that wait already and
-    of those expected to come meanwhile. Of all pairs of clocks the cheapest counts in which the batch meets its
-    deadline and so does the next one, whose oldest prompt has waited longest; the first clock of the pair is named.
+    of those expected to come meanwhile, and `deviations` more where the deadline is concerned (Poisson arrivals of
+    exponential lengths). Of all pairs of clocks the cheapest per token counts in which the batch meets its deadline and
+    so does the next one, whose oldest prompt has waited longest; the first clock of the pair is named.
 
-    Decode: the batch joins those on their way to it and goes on growing as it did, by one token a request and
-    iteration, until a decision can act. Of the clocks that then meet the objective the one of least power drawn in the
-    long run counts: a batch that never runs empty draws its power all the time, however slow its iterations, while one
-    that often does is better done soon. With requests that come at random and enough places, a share 1 - exp(-a) of the
-    time is busy, a being the mean number in flight, which grows with the latency (M/G/infinity).
+    Decode: a clock must meet the objective for the batch as it will be when the clock acts, with those on their way to
+    it; and for the batch that it leads to. For requests stay longer at a lower clock: where W tokens a second are asked
+    for, b = W * ITL(f, b, K) run at once, and as requests come at random, b is the mean of a Poisson distribution, of
+    which `deviations` are allowed for. W is what is done, and what a growing batch adds: `mean_output` tokens for each
+    request more. The cheapest clock draws least power in the long run: a batch that never runs empty draws its power
+    all the time, however slow its iterations, while one that often does is better done soon; a share 1 - exp(-b) of the
+    time is busy (M/G/infinity).
 
     The measured time of an iteration over its prediction is averaged; the objective is reduced by that, and by
     `deviations` of it.
@@ -146,7 +144,10 @@ class ModelPredictive(EnergyController):
       idle_s: until the lowest clock.
       steps: decode iterations until a decision acts.
       memory: weight of the past in the averages, an iteration.
-      deviations: of the measured ratio, kept as a reserve.
+      memory_s: seconds over which the tokens asked for are averaged; several times what a request takes.
+      mean_output: tokens of a request, as far as is known; it matters while the batch grows or shrinks.
+      replan_s: seconds for which the batch that a clock leads to is not worked out anew.
+      deviations: standard deviations kept as a reserve.
 
     Raises:
       ValueError: as `EnergyController`, or a number out of range.
@@ -164,6 +165,9 @@ class ModelPredictive(EnergyController):
         idle_s: float = 5.0,
         steps: int = 2,
         memory: float = 0.95,
+        memory_s: float = 10.0,
+        mean_output: float = 200.0,
+        replan_s: float = 0.1,
         deviations: float = 2.0,
     ):
         super().__init__(table, freqs, slo_ms, energy=energy, idle_w=idle_w, margin=margin, idle_s=idle_s)
@@ -171,15 +175,18 @@ class ModelPredictive(EnergyController):
             raise ValueError(f"steps: expected at least 1, got {steps}")
         if not 0 <= memory < 1:
             raise ValueError(f"memory: expected a value in [0, 1), got {memory}")
+        if not memory_s > 0:
+            raise ValueError(f"memory_s: expected a positive number of seconds, got {memory_s}")
         if not deviations >= 0:
             raise ValueError(f"deviations: expected at least 0, got {deviations}")
         self.steps, self.memory, self.deviations = steps, memory, deviations
-        self._rate = Rate()
-        self._growth = 0.0
-        self._in_flight: float | None = None
+        self.mean_output, self.replan_s = mean_output, replan_s
+        self._work = Rate(memory_s)
         self._ratio, self._variance = 1.0, 0.0
         self._expected: float | None = None
         self._before: Metrics | None = None
+        self._balance_until = -math.inf
+        self._balance = (np.zeros(0), np.zeros(0))
 
     @property
     def correction(self) -> float:
@@ -189,19 +196,20 @@ class ModelPredictive(EnergyController):
     def _target(self, metrics: Sequence[Metrics], arrivals: Arrivals, now: float) -> int | None:
         if not metrics:
             return None
-        self._rate.see(metrics, self.phase)
+        self._work.see(metrics, self._asked)
         for each in metrics:
             self._learn(each)
         return self._plan_prefill(metrics[-1]) if self.phase == "prefill" else self._plan_decode(metrics[-1])
 
+    def _asked(self, before: Metrics, each: Metrics) -> float:
+        if self.phase == "prefill":
+            return each.tokens
+        return each.running + self.mean_output * (each.running - before.running)
+
     def _learn(self, seen: Metrics) -> None:
         before, self._before = self._before, seen
-        if self._in_flight is None:
-            self._in_flight = float(seen.running)
-        self._in_flight += (1 - self.memory) * (seen.running - self._in_flight)
         if before is None:
             return
-        self._growth += (1 - self.memory) * (seen.running - before.running - self._growth)
         expected, self._expected = self._expected, None
         # Only a worker that went straight on from one iteration to the next tells how long one takes.
         busy = before.waiting > 0 if self.phase == "prefill" else before.running > 0 < seen.running
@@ -218,16 +226,19 @@ class ModelPredictive(EnergyController):
         waits = sorted(last.queue_wait_s, reverse=True)  # first come, first served: the batch has the oldest
         behind = waits[len(waits) - last.waiting :]
         oldest = 1000 * waits[0] if len(waits) > last.waiting else 0.0
+        length = last.tokens / max(last.running, 1)
         now_ms = self.table.predict(self._clocks, 1, last.tokens)
-        come = self._rate.per_s * now_ms / 1000 + last.waiting * last.tokens / max(last.running, 1)
+        asked = self._work.per_s * now_ms / 1000
+        come = asked + last.waiting * length
         come = np.where(come >= 1, come, 0.0)
-        # [clock of the next batch, clock of this one]
+        # [clock of the next batch, clock of this one]; for the deadline more may come than is expected.
         next_ms = self.table.predict(self._clocks[:, None], 1, come)
+        most_ms = self.table.predict(self._clocks[:, None], 1, come + self.deviations * np.sqrt(2 * length * asked))
         waited = 1000 * max(behind, default=0.0)
         slack = self.target_ms / self.correction
-        in_time = (now_ms <= slack - oldest) & ((now_ms + next_ms <= slack - waited) | (come == 0))
+        in_time = (now_ms <= slack - oldest) & (now_ms + most_ms <= slack - waited)
         cost = self.joules(1, last.tokens, now_ms) + np.where(come > 0, self.joules(1, come, next_ms), 0.0)
-        cost = np.where(in_time, cost, np.inf).min(axis=0)
+        cost = np.where(in_time, cost / (last.tokens + come), np.inf).min(axis=0)
         feasible = np.where(np.isfinite(cost), now_ms, np.inf)
         target = self.choose(feasible, cost, math.inf if np.isfinite(cost).any() else -math.inf)
         self._expected = float(now_ms[self.freqs.index(target)])
@@ -238,14 +249,33 @@ class ModelPredictive(EnergyController):
         if not (batch and tokens):
             return None
         length = tokens / batch
-        later = max(1, math.ceil(max(batch, last.total) + self.steps * max(self._growth, 0.0)))
+        later = max(batch, last.total)
         held = tokens + (later - batch) * length + self.steps * later
+        limit = self.target_ms / self.correction
         latency = self.table.predict(self._clocks, later, held)
-        watts = 1000 * self.joules(later, held, latency) / latency
-        here = self.freqs.index(self._last)
-        in_flight = (self._in_flight or 0.0) * latency / latency[here]
-        busy = -np.expm1(-in_flight) if math.isfinite(latency[here]) else np.ones_like(latency)
-        target = self.choose(latency, watts * busy, self.target_ms / self.correction)
+        if last.timestamp >= self._balance_until:
+            self._balance_until = last.timestamp + self.replan_s
+            self._balance = self._find_balance(length)
+        mean, lasting = self._balance
+        watts = 1000 * self.joules(later, held, latency) / latency * -np.expm1(-mean)
+        # Where no clock can last the highest is named: it puts off the step for longest.
+        bearable = np.where(lasting <= limit, latency, np.inf)
+        target = self.choose(bearable, watts, limit)
         present = self.table.predict(target, batch, tokens + batch)
         self._expected = present if math.isfinite(present) else None
         return target
+
+    def _find_balance(self, length: float) -> tuple[np.ndarray, np.ndarray]:
+        """By clock, the least number of requests at once that finish as many tokens as are asked for.
+
+        Latency grows with the batch, so going up from nothing stops at the first balance, below the steps where there
+        may be others. With it, the latency of the largest batch to be reckoned with then. NaN: above all segments.
+        """
+        asked = self._work.per_s / 1000
+        mean = np.ones(len(self.freqs))
+        for _ in range(_ROUNDS):
+            batch = np.maximum(np.ceil(mean), 1)
+            mean = asked * self.table.predict(self._clocks, batch, batch * length)
+        mean = np.maximum(mean, 1e-3)
+        most = np.ceil(mean + self.deviations * np.sqrt(mean))
+        return mean, self.table.predict(self._clocks, most, most * length)
