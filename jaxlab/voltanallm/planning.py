@@ -81,9 +81,8 @@ class EnergyController(PredictingController):
         self.energy, self.idle_w = energy, idle_w
         self._clocks = np.array(self.freqs)
 
-    def choose(self, latency_ms: np.ndarray, cost: np.ndarray, limit_ms: float) -> int:
-        """The cheapest clock within a limit, or the highest one, counted, if none is. Arrays are by clock."""
-        feasible = latency_ms <= limit_ms
+    def choose(self, latency_ms: np.ndarray, cost: np.ndarray, feasible: np.ndarray) -> int:
+        """The cheapest feasible clock, or the highest one, counted, if none is. Arrays are by clock."""
         if not feasible.any():
             self.count_infeasible(float(latency_ms[-1]))
             return self.freqs[-1]
@@ -112,7 +111,8 @@ class LeastEnergy(EnergyController):
         if state is None:
             return None
         latency = self.table.predict(self._clocks, *state)
-        return self.choose(latency, self.joules(*state, latency), self.target_ms - self.waited_ms(metrics))
+        in_time = latency <= self.target_ms - self.waited_ms(metrics)
+        return self.choose(latency, self.joules(*state, latency), in_time)
 
 
 class ModelPredictive(EnergyController):
@@ -239,8 +239,7 @@ class ModelPredictive(EnergyController):
         in_time = (now_ms <= slack - oldest) & (now_ms + most_ms <= slack - waited)
         cost = self.joules(1, last.tokens, now_ms) + np.where(come > 0, self.joules(1, come, next_ms), 0.0)
         cost = np.where(in_time, cost / (last.tokens + come), np.inf).min(axis=0)
-        feasible = np.where(np.isfinite(cost), now_ms, np.inf)
-        target = self.choose(feasible, cost, math.inf if np.isfinite(cost).any() else -math.inf)
+        target = self.choose(now_ms, cost, np.isfinite(cost))
         self._expected = float(now_ms[self.freqs.index(target)])
         return target
 
@@ -259,8 +258,7 @@ class ModelPredictive(EnergyController):
         mean, lasting = self._balance
         watts = 1000 * self.joules(later, held, latency) / latency * -np.expm1(-mean)
         # Where no clock can last the highest is named: it puts off the step for longest.
-        bearable = np.where(lasting <= limit, latency, np.inf)
-        target = self.choose(bearable, watts, limit)
+        target = self.choose(latency, watts, (latency <= limit) & (lasting <= limit))
         present = self.table.predict(target, batch, tokens + batch)
         self._expected = present if math.isfinite(present) else None
         return target
