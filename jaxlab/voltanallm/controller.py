@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxlab.voltanallm.config import Phase, check_clocks, check_objective, check_window
-from jaxlab.voltanallm.predictor import PlaneTable
+from jaxlab.voltanallm.predictor import Predictor
 
 
 @runtime_checkable
@@ -19,22 +19,37 @@ class Metrics(Protocol):
     """One iteration of a worker; `jaxlab.inference.IterationMetrics` is one.
 
     A prefill worker tells it before the batch runs, a decode worker after the step.
-
-    Attributes:
-      timestamp: seconds.
-      running: requests in the batch.
-      total: those and the ones that wait for a place: in transfer, without pages yet, queued.
-      tokens: in the running requests' caches, or of the batch's prompts.
-      waiting: requests in the queue.
-      queue_wait_s: seconds that prompts have waited, one each.
     """
 
-    timestamp: float
-    running: int
-    total: int
-    tokens: int
-    waiting: int
-    queue_wait_s: Sequence[float]
+    @property
+    def timestamp(self) -> float:
+        """Seconds."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Those and the ones that wait for a place: in transfer, without pages yet, queued."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """In the running requests' caches, or of the batch's prompts."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        ...
+
+    @property
+    def queue_wait_s(self) -> Sequence[float]:
+        """Seconds that prompts have waited, one each: the batch's, where it has not run yet, and the queue's."""
+        ...
 
 
 Arrivals = Sequence[tuple[float, int]]
@@ -136,7 +151,7 @@ class PredictingController(ClockController):
 
     def __init__(
         self,
-        table: PlaneTable,
+        table: Predictor,
         freqs: Sequence[int],
         slo_ms: float,
         *,
@@ -199,7 +214,7 @@ class EcoFreq(PredictingController):
 
     def __init__(
         self,
-        table: PlaneTable,
+        table: Predictor,
         freqs: Sequence[int],
         slo_ms: float,
         *,

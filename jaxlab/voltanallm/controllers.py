@@ -18,15 +18,15 @@ from jaxlab.voltanallm.controller import (
     batch_and_tokens,
 )
 from jaxlab.voltanallm.planning import LeastEnergy, ModelPredictive, Rate
-from jaxlab.voltanallm.predictor import EnergyTable, LatencyTable
+from jaxlab.voltanallm.predictor import Predictor
 
 
 def make_controller(
     config: ControllerConfig,
     phase: Phase,
-    table: LatencyTable,
+    table: Predictor,
     *,
-    energy: EnergyTable | None = None,
+    energy: Predictor | None = None,
     idle_w: float = 0.0,
 ) -> ClockController:
     """The controller of one worker.
@@ -202,7 +202,7 @@ class ThrottLLeM(PredictingController):
 
     def __init__(
         self,
-        table: LatencyTable,
+        table: Predictor,
         freqs: Sequence[int],
         slo_ms: float,
         *,
@@ -267,7 +267,7 @@ class GreenLLM(PredictingController):
 
     def __init__(
         self,
-        table: LatencyTable,
+        table: Predictor,
         freqs: Sequence[int],
         slo_ms: float,
         *,
@@ -335,7 +335,7 @@ class DynamoLLM(PredictingController):
 
     def __init__(
         self,
-        table: LatencyTable,
+        table: Predictor,
         freqs: Sequence[int],
         slo_ms: float,
         *,

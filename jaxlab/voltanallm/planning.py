@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxlab.voltanallm.controller import Arrivals, Metrics, PredictingController, batch_and_tokens
-from jaxlab.voltanallm.predictor import EnergyTable, LatencyTable
+from jaxlab.voltanallm.predictor import Predictor
 
 _ROUNDS = 6
 """On the way to the balance of a batch and its latency; each leaves the share of the latency that is the batch's."""
@@ -63,11 +63,11 @@ class EnergyController(PredictingController):
 
     def __init__(
         self,
-        table: LatencyTable,
+        table: Predictor,
         freqs: Sequence[int],
         slo_ms: float,
         *,
-        energy: EnergyTable,
+        energy: Predictor,
         idle_w: float = 0.0,
         margin: float = 0.35,
         idle_s: float = 5.0,
@@ -155,11 +155,11 @@ class ModelPredictive(EnergyController):
 
     def __init__(
         self,
-        table: LatencyTable,
+        table: Predictor,
         freqs: Sequence[int],
         slo_ms: float,
         *,
-        energy: EnergyTable,
+        energy: Predictor,
         idle_w: float = 0.0,
         margin: float = 0.35,
         idle_s: float = 5.0,
@@ -183,7 +183,7 @@ class ModelPredictive(EnergyController):
         self.mean_output, self.replan_s = mean_output, replan_s
         self._work = Rate(memory_s)
         self._ratio, self._variance = 1.0, 0.0
-        self._expected: float | None = None
+        self._under_way: tuple[int, float] | None = None
         self._before: Metrics | None = None
         self._balance_until = -math.inf
         self._balance = (np.zeros(0), np.zeros(0))
@@ -210,12 +210,12 @@ class ModelPredictive(EnergyController):
         before, self._before = self._before, seen
         if before is None:
             return
-        expected, self._expected = self._expected, None
+        under_way, self._under_way = self._under_way, None
         # Only a worker that went straight on from one iteration to the next tells how long one takes.
         busy = before.waiting > 0 if self.phase == "prefill" else before.running > 0 < seen.running
-        if expected and busy:
-            ratio = 1000 * (seen.timestamp - before.timestamp) / expected
-            if 0.5 < ratio < 2:
+        if under_way is not None and busy:
+            ratio = 1000 * (seen.timestamp - before.timestamp) / self.table.predict(self._last, *under_way)
+            if 0.5 < ratio < 2:  # not where there is no prediction
                 surprise = ratio - self._ratio
                 self._ratio += (1 - self.memory) * surprise
                 self._variance = self.memory * (self._variance + (1 - self.memory) * surprise**2)
@@ -239,9 +239,8 @@ class ModelPredictive(EnergyController):
         in_time = (now_ms <= slack - oldest) & (now_ms + most_ms <= slack - waited)
         cost = self.joules(1, last.tokens, now_ms) + np.where(come > 0, self.joules(1, come, next_ms), 0.0)
         cost = np.where(in_time, cost / (last.tokens + come), np.inf).min(axis=0)
-        target = self.choose(now_ms, cost, np.isfinite(cost))
-        self._expected = float(now_ms[self.freqs.index(target)])
-        return target
+        self._under_way = (1, last.tokens)
+        return self.choose(now_ms, cost, np.isfinite(cost))
 
     def _plan_decode(self, last: Metrics) -> int | None:
         batch, tokens = last.running, last.tokens
@@ -258,10 +257,8 @@ class ModelPredictive(EnergyController):
         mean, lasting = self._balance
         watts = 1000 * self.joules(later, held, latency) / latency * -np.expm1(-mean)
         # Where no clock can last the highest is named: it puts off the step for longest.
-        target = self.choose(latency, watts, (latency <= limit) & (lasting <= limit))
-        present = self.table.predict(target, batch, tokens + batch)
-        self._expected = present if math.isfinite(present) else None
-        return target
+        self._under_way = (batch, tokens + batch)
+        return self.choose(latency, watts, (latency <= limit) & (lasting <= limit))
 
     def _find_balance(self, length: float) -> tuple[np.ndarray, np.ndarray]:
         """By clock, the least number of requests at once that finish as many tokens as are asked for.

@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, cast, overload
+from typing import Any, Protocol, TypeVar, cast, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -64,6 +64,25 @@ class Plane:
     start: int = 0
     end: int = 0
     r2: float = 1.0
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What controllers and routers ask of a table: a `PlaneTable`, or any other model of an iteration."""
+
+    @property
+    def phase(self) -> Phase:
+        """Of the iterations that it predicts."""
+        ...
+
+    @property
+    def freqs(self) -> tuple[int, ...]:
+        """Clocks that it knows, in MHz, ascending."""
+        ...
+
+    def predict(self, freq: Any, batch: Any, tokens: Any) -> Any:
+        """As `PlaneTable.predict`."""
+        ...
 
 
 class PlaneTable:

@@ -9,12 +9,12 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from jaxlab.voltanallm.config import check_objective
-from jaxlab.voltanallm.predictor import EnergyTable, LatencyTable
+from jaxlab.voltanallm.predictor import Predictor
 
 ENERGY_DIFF_MIN = 64
 """Requests in flight at one worker below which `energy_diff` does not predict (official code, as the next ones)."""
@@ -38,18 +38,44 @@ class RequestInfo:
     prompt_tokens: int
 
 
+@runtime_checkable
+class Worker(Protocol):
+    """What a router knows of a worker; `WorkerState` is one, `jaxlab.inference`'s status of a worker another."""
+
+    @property
+    def id(self) -> Hashable:
+        """Its name, which `route` returns."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """n, requests sent there and not done, by the front's own count; some may still be prefilling."""
+        ...
+
+    @property
+    def freq(self) -> int:
+        """Its clock in MHz."""
+        ...
+
+    @property
+    def load(self) -> int:
+        """Tokens it holds in its cache, and those of prompts that wait."""
+        ...
+
+    @property
+    def last_itl_ms(self) -> float:
+        """Its last inter-token latency."""
+        ...
+
+    @property
+    def timestamp(self) -> float | None:
+        """When it reported, in seconds; None: not told, never stale."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkerState:
-    """What a router knows of a worker.
-
-    Attributes:
-      id: its name, which `route` returns.
-      in_flight: n, requests sent there and not done, by the front's own count; some may still be prefilling.
-      freq: its clock in MHz.
-      load: tokens it holds in its cache, and those of prompts that wait.
-      last_itl_ms: its last inter-token latency.
-      timestamp: when it reported, in seconds; None: not told, never stale.
-    """
+    """A worker's state by itself; the attributes are `Worker`'s."""
 
     id: Hashable
     in_flight: int
@@ -59,7 +85,7 @@ class WorkerState:
     timestamp: float | None = None
 
 
-Workers = Sequence[WorkerState]
+Workers = Sequence[Worker]
 
 
 class Router:
@@ -95,8 +121,8 @@ class Router:
         self,
         policy: str,
         *,
-        table: LatencyTable | None = None,
-        energy_table: EnergyTable | None = None,
+        table: Predictor | None = None,
+        energy_table: Predictor | None = None,
         slo_ms: float | None = None,
         margin: float = 0.0,
         tile: int = 128,
@@ -117,13 +143,13 @@ class Router:
         if stale_s is not None and not stale_s > 0:
             raise ValueError(f"stale_s: expected a positive number of seconds or None, got {stale_s}")
         self.policy = policy
-        self._table, self._energy = cast(LatencyTable, table), cast(EnergyTable, energy_table)  # where needed
+        self._table, self._energy = cast(Predictor, table), cast(Predictor, energy_table)  # where needed
         self._target_ms = math.inf if slo_ms is None else slo_ms * (1 + margin)
         self._tile = tile
         self._stale_s = stale_s
         self._turn = itertools.count()
         self._stream = np.random.default_rng(seed)
-        self._choose: Callable[[RequestInfo, Workers], WorkerState] = getattr(self, f"_{policy}")
+        self._choose: Callable[[RequestInfo, Workers], Worker] = getattr(self, f"_{policy}")
 
     def route(self, request: RequestInfo, workers: Workers, now: float | None = None) -> Hashable:
         """The id of the worker that shall take a request.
@@ -154,42 +180,42 @@ class Router:
         )
         return self._ln(request, workers).id
 
-    def _rr(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _rr(self, request: RequestInfo, workers: Workers) -> Worker:
         return workers[next(self._turn) % len(workers)]
 
-    def _random(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _random(self, request: RequestInfo, workers: Workers) -> Worker:
         return workers[int(self._stream.integers(len(workers)))]
 
-    def _ln(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _ln(self, request: RequestInfo, workers: Workers) -> Worker:
         return min(workers, key=lambda each: each.in_flight)
 
-    def _ll(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _ll(self, request: RequestInfo, workers: Workers) -> Worker:
         return min(workers, key=lambda each: each.load)
 
-    def _fastest(self, workers: Workers) -> WorkerState:
+    def _fastest(self, workers: Workers) -> Worker:
         return min(workers, key=lambda each: each.last_itl_ms)
 
-    def _hfl(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _hfl(self, request: RequestInfo, workers: Workers) -> Worker:
         quick = [each for each in workers if each.last_itl_ms <= HEADROOM * self._target_ms]
         return min(quick, key=lambda each: (-each.freq, -each.in_flight)) if quick else self._fastest(workers)
 
-    def _light(self, workers: Workers, limit: int) -> WorkerState | None:
+    def _light(self, workers: Workers, limit: int) -> Worker | None:
         """Where nobody has reached the limit: the lowest clock, then the fewest in flight."""
         if max(each.in_flight for each in workers) >= limit:
             return None
         return min(workers, key=lambda each: (each.freq, each.in_flight))
 
-    def _tiles(self, worker: WorkerState) -> tuple[int, int]:
+    def _tiles(self, worker: Worker) -> tuple[int, int]:
         return -(-worker.in_flight // self._tile), -worker.in_flight
 
-    def _tile_aware(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _tile_aware(self, request: RequestInfo, workers: Workers) -> Worker:
         light = self._light(workers, self._tile)
         if light is not None:
             return light
         ordered = sorted(workers, key=self._tiles)
         return next((each for each in ordered if each.in_flight == 0 or each.in_flight % self._tile), ordered[0])
 
-    def _state_space(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _state_space(self, request: RequestInfo, workers: Workers) -> Worker:
         light = self._light(workers, self._tile)
         if light is not None:
             return light
@@ -214,7 +240,7 @@ class Router:
         feasible[-1] = True
         return np.argmax(feasible, axis=0)
 
-    def _energy_diff(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _energy_diff(self, request: RequestInfo, workers: Workers) -> Worker:
         light = self._light(workers, ENERGY_DIFF_MIN)
         if light is not None:
             return light
@@ -227,7 +253,7 @@ class Router:
         rise = np.where(feasible.any(axis=0), self._energy.predict(clock, *after) - before, np.nan)
         return self._fastest(workers) if np.isnan(rise).all() else workers[int(np.nanargmin(rise))]
 
-    def _min_delta_energy(self, request: RequestInfo, workers: Workers) -> WorkerState:
+    def _min_delta_energy(self, request: RequestInfo, workers: Workers) -> Worker:
         count, load = _counts(workers)
         counts, loads = np.stack([count, count + 1]), np.stack([load, load + request.prompt_tokens])
         clocks = _column(self._freqs, counts)

@@ -31,7 +31,7 @@ def router(policy, **options):
 
 
 @pytest.mark.latest
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(STATE, min_size=1, max_size=6), st.sampled_from((1, 400, 5000)), st.sampled_from((64, 128)))
 def test_policies_are_their_rules(rows, prompt, tile):
     workers, request = states(rows), RequestInfo("r", prompt)
