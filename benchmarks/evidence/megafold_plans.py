@@ -24,16 +24,13 @@ _OPTIONS = {"xla_backend_optimization_level": 0}  # only buffers are read
 
 
 def items() -> Iterator[Item]:
-    """Crops with everything fused and with nothing, longest crops, each operation left out; what says most first."""
+    """Crops with everything fused, with nothing, and without each operation; then longest crops."""
     for crop in CROPS:
-        for way in ("all", "none"):
+        for way in ("all", "none", *(f"without {name}" for name in FUSED)):
             yield _crop_item(crop, way)
     for gpu in GPUS:
-        yield from (_longest_item(gpu, way, devices) for way, devices in (("none", 1), ("all", 1)))
-        if gpu == GPUS[0]:
-            yield from (_longest_item(gpu, "all", count) for count in DEVICES[1:])
-            yield from (_crop_item(CROPS[-1], f"without {name}") for name in FUSED)
-    yield from (_crop_item(crop, f"without {name}") for crop in CROPS[:-1] for name in FUSED)
+        yield from (_longest_item(gpu, way, 1) for way in ("none", "all"))
+    yield from (_longest_item(GPUS[0], "all", count) for count in DEVICES[1:])
 
 
 def _crop_item(crop: int, way: str) -> Item:
