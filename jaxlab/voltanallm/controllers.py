@@ -7,6 +7,7 @@ in its docstring. What needs an energy table is in `jaxlab.voltanallm.planning`.
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxlab.voltanallm.config import ControllerConfig, Phase, check_clock, check_objective
 from jaxlab.voltanallm.controller import (
@@ -24,7 +25,7 @@ from jaxlab.voltanallm.predictor import Predictor
 def make_controller(
     config: ControllerConfig,
     phase: Phase,
-    table: Predictor,
+    table: Predictor | None,
     *,
     energy: Predictor | None = None,
     idle_w: float = 0.0,
@@ -34,21 +35,23 @@ def make_controller(
     Args:
       config: kind, clocks, objectives.
       phase: the worker's.
-      table: predicted latencies of that phase.
+      table: predicted latencies of that phase; "static" and "aimd" need none.
       energy: predicted energies of that phase; "least_energy" and "model_predictive" need it.
       idle_w: what the GPU draws without work; those two charge a decision only with what it draws above that.
 
     Raises:
-      ValueError: a table of the other phase or one that does not reach a clock, or no energy table where one is needed.
+      ValueError: a table of the other phase or one that does not reach a clock, or none where one is needed.
     """
     for name, given in (("table", table), ("energy", energy)):
         if given is not None and given.phase != phase:
             raise ValueError(f"{name}: expected a table of phase {phase!r}, got one of {given.phase!r}")
     slo_ms = config.slo_ms(phase)
     common = {"margin": config.margin, "idle_s": config.idle_s}
-    arguments = (table, config.freqs, slo_ms)
     if config.kind == "static":
         return StaticClock(config.freqs, config.static_freq)
+    if table is None and config.kind != "aimd":
+        raise ValueError(f"table: expected a latency table for controller {config.kind!r}, got None")
+    arguments: Any = (table, config.freqs, slo_ms)
     if config.kind == "ecofreq":
         made = EcoFreq(
             *arguments,

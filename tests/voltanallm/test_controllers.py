@@ -75,6 +75,9 @@ def test_all_are_made_in_one_place(kind, phase):
 def test_what_cannot_be_made():
     with pytest.raises(ValueError, match="energy: expected an energy table for controller 'least_energy'"):
         make_controller(config("least_energy"), "decode", DECODE)
+    with pytest.raises(ValueError, match="table: expected a latency table for controller 'ecofreq'"):
+        make_controller(config("ecofreq"), "decode", None)
+    assert make_controller(config("aimd"), "decode", None).decide([], now=0.0) is None
     with pytest.raises(ValueError, match="table: expected a table of phase 'decode', got one of 'prefill'"):
         make_controller(config("ecofreq"), "decode", PREFILL)
     with pytest.raises(ValueError, match="nearest is 1005 MHz, got 900"):
