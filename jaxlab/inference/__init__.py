@@ -21,24 +21,35 @@ from jaxlab.core import lazy
 if TYPE_CHECKING:
     from jaxlab.inference.client import AsyncClient, Client
     from jaxlab.inference.endpoint import Choice, Completion, EndpointError, Piece, TokenLogprob
+    from jaxlab.inference.engine import Engine
     from jaxlab.inference.generation import Generation, generate, stream
     from jaxlab.inference.layout import decode_params
+    from jaxlab.inference.paged import BlockAllocator, KVPages, PagedKVCache
     from jaxlab.inference.params import SamplingArrays, SamplingParams
     from jaxlab.inference.sampling import sample
+    from jaxlab.inference.serving import EngineConfig, IterationMetrics, RequestOutput, StepOutput
     from jaxlab.inference.shared_prefix import SharedPrefixCache
     from jaxlab.inference.steps import decode_step, prefill
 
 __all__ = [
     "AsyncClient",
+    "BlockAllocator",
     "Choice",
     "Client",
     "Completion",
     "EndpointError",
+    "Engine",
+    "EngineConfig",
     "Generation",
+    "IterationMetrics",
+    "KVPages",
+    "PagedKVCache",
     "Piece",
+    "RequestOutput",
     "SamplingArrays",
     "SamplingParams",
     "SharedPrefixCache",
+    "StepOutput",
     "TokenLogprob",
     "decode_params",
     "decode_step",
@@ -53,10 +64,13 @@ __getattr__, __dir__ = lazy.attach(
     {
         "client": ("AsyncClient", "Client"),
         "endpoint": ("Choice", "Completion", "EndpointError", "Piece", "TokenLogprob"),
+        "engine": ("Engine",),
         "generation": ("Generation", "generate", "stream"),
         "layout": ("decode_params",),
+        "paged": ("BlockAllocator", "KVPages", "PagedKVCache"),
         "params": ("SamplingArrays", "SamplingParams"),
         "sampling": ("sample",),
+        "serving": ("EngineConfig", "IterationMetrics", "RequestOutput", "StepOutput"),
         "shared_prefix": ("SharedPrefixCache",),
         "steps": ("decode_step", "prefill"),
     },

@@ -208,7 +208,7 @@ class Batch:
             raise ValueError(f"rng: expected a PRNG key at temperature {sampling.temperature:g}, got None")
         if sampling.stop and tokenizer is None:
             raise TypeError(f"tokenizer: expected one, to look for the stop strings {sampling.stop!r}, got None")
-        ids = _prompt_ids(prompts, tokenizer, model.config, sampling.max_tokens)
+        ids = prompt_ids(prompts, tokenizer, model.config, sampling.max_tokens)
         stop_ids = {*sampling.stop_ids}
         if tokenizer is not None and tokenizer.eos_token_id is not None:
             stop_ids.add(int(tokenizer.eos_token_id))
@@ -367,7 +367,8 @@ def _sample_count(n: int) -> int:
     return int(n)
 
 
-def _prompt_ids(prompts: Sequence[Any], tokenizer: Any, config: Any, max_tokens: int) -> list[np.ndarray]:
+def prompt_ids(prompts: Sequence[Any], tokenizer: Any, config: Any, max_tokens: int) -> list[np.ndarray]:
+    """Ids of prompts that are texts or ids, checked; see `generate` for the errors."""
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a sequence of prompts, got the string {prompts[:40]!r}")
     if len(prompts) == 0:

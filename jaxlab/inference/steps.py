@@ -25,7 +25,8 @@ def prefill(
     *,
     embeddings: Float[Array, "b t d"] | None = None,
     rope_positions: Int[Array, "3 b t"] | None = None,
-) -> tuple[Float[Array, "b v"], Any]:
+    columns: Int[Array, "b r"] | None = None,
+) -> tuple[Float[Array, "b *r v"], Any]:
     """Writes prompts, or chunks of prompts, into the cache.
 
     Args:
@@ -36,16 +37,20 @@ def prefill(
         positions: `[B,T]`, the cache slot of each token, -1 where padded.
         embeddings: `[B,T,D]` instead of tokens (which are then ignored).
         rope_positions: `[3,B,T]` M-RoPE positions; None uses `positions`.
+        columns: `[B,R]`, the tokens whose logits are wanted; None is the last of each row.
 
     Returns:
-        logits `[B,V]` float32 at each row's last valid token (undefined for a row without one), and the cache.
+        logits float32, `[B,V]` at each row's last valid token (undefined for a row without one), or `[B,R,V]` at
+        `columns`; and the cache.
     """
     variables = {"params": params}
     tokens = None if embeddings is not None else tokens
     out = model.apply(variables, tokens, positions, cache=cache, embeddings=embeddings, rope_positions=rope_positions)
-    columns = jnp.arange(positions.shape[1])
-    last = jnp.max(jnp.where(positions >= 0, columns, 0), axis=1)
-    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    if columns is None:
+        last = jnp.max(jnp.where(positions >= 0, jnp.arange(positions.shape[1]), 0), axis=1)
+        hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    else:
+        hidden = jnp.take_along_axis(out.hidden, columns[..., None], axis=1)
     return model.apply(variables, hidden, method="unembed"), out.cache
 
 
