@@ -473,7 +473,7 @@ class Engine:
         seeds[: len(owns)] = [(own.seed + 2**31) % 2**32 - 2**31 for own in owns]
         sampling = SamplingArrays.stack([own.sampling for own in owns] + [_NO_REQUEST] * (rows - len(owns)))
         report = any(own.sampling.logprobs for own in owns)
-        return self._put(Draws(seeds, sampling, np.bool_(report)))
+        return self._put(Draws(seeds, sampling, np.array(report)))
 
     def _read(self, chunks: list[Chunk]) -> Any:
         """Reads chunks side by side; logits `[R,V]` at the last token of each."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -20,6 +21,8 @@ from jaxtyping import Array, Float, Int
 from jaxlab.layers.sharding import split_attention
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.paged_attention import paged_attention
+
+ArrayLike = Array | np.ndarray
 
 
 class BlockAllocator:
@@ -128,10 +131,10 @@ class Packing:
         page_lengths: `[1,N]` keys in each page, those of this call included.
     """
 
-    slots: Int[Array, "1 t"]
-    segments: Int[Array, "1 t"]
-    page_segments: Int[Array, "1 n"]
-    page_lengths: Int[Array, "1 n"]
+    slots: Int[ArrayLike, "1 t"]
+    segments: Int[ArrayLike, "1 t"]
+    page_segments: Int[ArrayLike, "1 n"]
+    page_lengths: Int[ArrayLike, "1 n"]
 
 
 @struct.dataclass
@@ -152,7 +155,7 @@ class PagedKVCache:
 
     @classmethod
     def create(
-        cls, config: Any, num_pages: int, page_size: int, page_table: Int[Array, "b n"], dtype: Any = None
+        cls, config: Any, num_pages: int, page_size: int, page_table: Int[ArrayLike, "b n"], dtype: Any = None
     ) -> "PagedKVCache":
         """An empty pool.
 
@@ -165,7 +168,7 @@ class PagedKVCache:
         """
         shape = config.num_hidden_layers, config.num_key_value_heads, num_pages, page_size, config.head_dim
         dtype = jnp.dtype(dtype or config.dtype)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), page_table)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.asarray(page_table))
 
     def attend(
         self,
@@ -261,3 +264,9 @@ class KVPages:
     def tokens(self) -> int:
         """Tokens whose keys and values are here."""
         return len(self.prompt) + len(self.generated) - 1
+
+    def to_host(self) -> "KVPages":
+        """The same with k and v in the host's memory, without padding."""
+        count = -(-self.tokens // self.k.shape[3])
+        k, v = (np.asarray(array)[:, :, :count] for array in jax.device_get((self.k, self.v)))
+        return dataclasses.replace(self, k=k, v=v)

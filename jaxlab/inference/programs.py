@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.inference.paged import PagedKVCache
+from jaxlab.inference.paged import ArrayLike, PagedKVCache
 from jaxlab.inference.params import SamplingArrays
 from jaxlab.inference.sampling import sample
 from jaxlab.inference.steps import decode_step, prefill
@@ -36,19 +36,19 @@ class Draws:
         report: whether any of them wants alternatives.
     """
 
-    seeds: Int[Array, " b"]
+    seeds: Int[ArrayLike, " b"]
     sampling: SamplingArrays
-    report: Bool[Array, ""]
+    report: Bool[ArrayLike, ""]
 
 
 @struct.dataclass
 class Drawn:
     """What B rows drew: ids and log-probabilities, and the likeliest alternatives (zeros unless reported)."""
 
-    ids: Int[Array, " b"]
-    logps: Float[Array, " b"]
-    top_ids: Int[Array, "b k"]
-    top_logps: Float[Array, "b k"]
+    ids: Int[ArrayLike, " b"]
+    logps: Float[ArrayLike, " b"]
+    top_ids: Int[ArrayLike, "b k"]
+    top_logps: Float[ArrayLike, "b k"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def draw(
 
 
 @jax.jit
-def take_pages(pool: Pool, pages: Int[Array, " n"]) -> Pool:
+def take_pages(pool: Pool, pages: Int[Array, " n"]) -> tuple[Any, Any]:
     """Copies pages out: k and v `[L,Hkv,n,page,D]`."""
     return pool[0][:, :, pages], pool[1][:, :, pages]
 
