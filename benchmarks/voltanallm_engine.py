@@ -42,14 +42,14 @@ def _prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [stream.integers(1, SIZES["vocab_size"], length).tolist() for length in lengths]
 
 
-def _engine(rows: int) -> Any:
+def _engine(rows: int, buckets: tuple[int, ...] | None = None) -> Any:
     import jax
 
     from jaxlab.inference import Engine, EngineConfig
     from jaxlab.models.decoder import Decoder, DecoderConfig, init_params
 
     model = Decoder(DecoderConfig(**SIZES))
-    config = EngineConfig(1024, max_running=rows, kv_dtype="float32", prefix_cache=False)
+    config = EngineConfig(1024, max_running=rows, batch_buckets=buckets, kv_dtype="float32", prefix_cache=False)
     return Engine(model, init_params(model, jax.random.key(0)), config)
 
 
@@ -73,16 +73,16 @@ def _in_batches(engine: Any, prompts: Sequence[Sequence[int]], lengths: Sequence
 def cases(quick: bool) -> Iterator[Case]:
     """Bars of the specification's section 7 that concern the engine."""
     repeats = 3 if quick else 5
-    engine, prompts = _engine(REQUESTS), _prompts(REQUESTS)
-    yield from _beside_transformers(engine, prompts, 16 if quick else NEW, repeats)
-    stream = np.random.default_rng(1)
-    many = _prompts(REQUESTS if quick else 2 * REQUESTS, seed=2)
-    lengths = stream.integers(OUTPUTS[0], OUTPUTS[1] + 1, len(many)).tolist()
-    rows = 8
-    narrow = _engine(rows)
-    ours, peer = interleaved(_run(narrow, many, lengths), _in_batches(narrow, many, lengths, rows), repeats=repeats)
+    yield from _beside_transformers(_engine(REQUESTS), _prompts(REQUESTS), 16 if quick else NEW, repeats)
+    rows, count = (8, 64) if quick else (16, 128)
+    prompts = _prompts(count, seed=2)
+    lengths = np.random.default_rng(1).integers(OUTPUTS[0], OUTPUTS[1] + 1, count).tolist()
+    engine = _engine(rows, (rows,))  # a batch keeps its size to its end, on both sides
+    ours, peer = interleaved(
+        _run(engine, prompts, lengths), _in_batches(engine, prompts, lengths, rows), repeats=repeats
+    )
     yield Case(
-        SYSTEM, f"{len(many)} requests of {OUTPUTS[0]}-{OUTPUTS[1]} new tokens, {rows} at a time", "tokens/s",
+        SYSTEM, f"{count} requests of {OUTPUTS[0]}-{OUTPUTS[1]} new tokens, {rows} rows", "tokens/s",
         sum(lengths) / ours, sum(lengths) / peer, "static batches of the same engine", 1.5, higher_is_better=True,
     )  # fmt: skip
 
@@ -96,7 +96,7 @@ def _beside_transformers(engine: Any, prompts: list[list[int]], new: int, repeat
     ids, mask = torch.zeros((len(prompts), longest), dtype=torch.long), torch.zeros((len(prompts), longest))
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = torch.tensor(prompt), 1
-    greedy = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    greedy = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
     def padded():
         with torch.no_grad():

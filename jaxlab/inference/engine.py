@@ -46,6 +46,7 @@ class _Rows:
 
     requests: list[Request]
     pages: list[int]
+    preemptions: int
     ids: Any
     positions: Any
     page_table: Any
@@ -98,9 +99,11 @@ class Engine:
         )
         self._pool = jax.device_put((empty.k, empty.v), pool_place)
         self._allocator = BlockAllocator(config.num_pages)
+        buckets = config.batch_buckets
+        assert buckets is not None  # the configuration fills it in
         row_pages = min(-(-own.max_position_embeddings // config.page_size), config.num_pages - 1)
         self._buckets = Buckets.of(
-            config.batch_buckets,
+            buckets,
             row_pages=row_pages,
             prefill_tokens=config.prefill_chunk,
             page_size=config.page_size,
@@ -108,7 +111,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._allocator,
             page_size=config.page_size,
-            max_running=min(config.max_running, config.batch_buckets[-1]),
+            max_running=min(config.max_running, buckets[-1]),
             prefill_tokens=config.prefill_chunk,
             prefill_rows=programs.rows_of(self._buckets.tokens[-1]),
             prefill_pages=self._buckets.pages[-1],
@@ -270,10 +273,9 @@ class Engine:
         for kind, *sizes in self._buckets.programs():
             if kind == "decode":
                 rows, width = sizes
-                nothing = np.zeros(rows, np.int32)
-                self._decode_rows(
-                    *self._put((nothing, nothing - 1, np.zeros((rows, width), np.int32))), self._draws([], rows)
-                )
+                nothing, table = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
+                ids, positions, table = self._put((nothing, nothing - 1, table))
+                self._decode_rows(ids, positions, table, self._draws([], rows))
             elif kind == "read":
                 self._read_packed(*_empty_packing(*sizes))
             else:
@@ -455,7 +457,7 @@ class Engine:
         if token in own.stop_ids:
             return "stop"
         count = len(request.tokens) - request.prompt_length
-        if own.sampling.stop:
+        if own.reader is not None and own.sampling.stop:
             ids = np.array(request.tokens[request.prompt_length :])
             if own.reader.completed(ids, count - 1) is not None:
                 return "stop"
@@ -520,9 +522,10 @@ class Engine:
     def _decode(self, requests: list[Request]) -> Drawn:
         """Decodes one token of each request, sending what differs from the step before."""
         last, count = self._rows, len(requests)
-        pages = [len(request.pages) for request in requests]
-        same = last is not None and last.requests == requests
-        if same and last.pages == pages:
+        pages, preemptions = [len(request.pages) for request in requests], self._scheduler.preemptions
+        if last is not None and (last.requests != requests or last.preemptions != preemptions):
+            last = None
+        if last is not None and last.pages == pages:
             table = last.page_table
         else:
             rows = fitting(self._buckets.batch, count)
@@ -530,7 +533,7 @@ class Engine:
             for row, request in enumerate(requests):
                 table[row, : pages[row]] = request.pages
             table = self._put(table)
-        if same:
+        if last is not None:
             ids, positions, draws = last.ids, last.positions, last.draws
         else:
             ids, positions = np.zeros(len(table), np.int32), np.full(len(table), -1, np.int32)
@@ -539,7 +542,7 @@ class Engine:
             ids, positions = self._put((ids, positions))
             draws = self._draws(requests, len(table))
         drawn, positions = self._decode_rows(ids, positions, table, draws)
-        self._rows = _Rows(requests, pages, drawn.ids, positions, table, draws)
+        self._rows = _Rows(requests, pages, preemptions, drawn.ids, positions, table, draws)
         return drawn
 
     def _decode_rows(self, ids: Any, positions: Any, table: Any, draws: Draws) -> tuple[Drawn, Any]:

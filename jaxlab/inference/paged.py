@@ -182,7 +182,7 @@ class PagedKVCache:
         window: int | None,
     ) -> tuple[Float[Array, "b t h d"], "PagedKVCache"]:
         """Writes, then attends; see `Cache.attend`. One query a row reads the pages in place."""
-        slots = positions if self.packing is None else self.packing.slots
+        slots = positions if self.packing is None else jnp.asarray(self.packing.slots)
         cache = dataclasses.replace(
             self, k=self._written(self.k, layer, k, slots), v=self._written(self.v, layer, v, slots)
         )
@@ -219,7 +219,7 @@ class PagedKVCache:
         else:
             own = jnp.repeat(self.packing.page_segments, size, axis=1)
             valid = index % size < jnp.repeat(self.packing.page_lengths, size, axis=1)
-            segments = self.packing.segments, jnp.where(valid, own, 0)
+            segments = jnp.asarray(self.packing.segments), jnp.where(valid, own, 0)
 
         def gathered(pages):
             own = pages[layer, :, self.page_table].transpose(0, 1, 3, 2, 4)

@@ -180,7 +180,9 @@ def take_pages(pool: Pool, pages: Int[Array, " n"]) -> tuple[Any, Any]:
 @functools.partial(jax.jit, donate_argnames="pool")
 def put_pages(pool: Pool, pages: Int[Array, " n"], k: Any, v: Any) -> Pool:
     """Writes pages; those numbered P are dropped."""
-    return tuple(own.at[:, :, pages].set(new.astype(own.dtype), mode="drop") for own, new in zip(pool, (k, v)))
+    keys, values = pool
+    keys = keys.at[:, :, pages].set(k.astype(keys.dtype), mode="drop")
+    return keys, values.at[:, :, pages].set(v.astype(values.dtype), mode="drop")
 
 
 def _keys(draws: Draws, positions: Int[Array, " b"]) -> Array:
