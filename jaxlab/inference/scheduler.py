@@ -7,6 +7,7 @@ waits to be computed again.
 
 import collections
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,6 +149,12 @@ class Scheduler:
             if request.computed % self._size == 0:
                 self._label(request)
 
+    def forget_prefixes(self) -> None:
+        """Shares nothing of what was computed so far, nor of what those that run still add to it."""
+        self.allocator.forget()
+        for request in self.running:
+            request.labelled = sys.maxsize
+
     def _continue(self, request: Request, plan: Plan, budget: list[int]) -> None:
         """Adds what a running request does next to the plan; it may be preempted instead."""
         decoded = request.pending == 1
@@ -195,6 +202,8 @@ class Scheduler:
         request.pages, request.runs = [], False
 
     def _admit(self, plan: Plan, budget: list[int]) -> None:
+        if not self.waiting:
+            return
         room = self._room()
         while self.waiting and len(self.running) < self._max_running and budget[0] > 0 and budget[1] > 0:
             request = self.waiting[0]

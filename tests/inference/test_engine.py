@@ -31,15 +31,17 @@ SAMPLED = SamplingParams(max_tokens=20, temperature=1.3, top_k=50, top_p=0.95, s
 
 
 def compiled():
-    return [program._cache_size() for program in (programs.decode, programs.read, programs.draw)]
+    own = programs.decode, programs.read, programs.draw, programs.take_pages, programs.put_pages
+    return [program._cache_size() for program in own]
 
 
 @pytest.fixture(scope="module")
 def warm(model, params):
     """Compiles what every engine of these tests needs."""
     engine, before = Engine(model, params, CONFIG), compiled()
-    engine.warmup()
-    assert engine.compile_count == len(list(engine._buckets.programs())) == sum(compiled()) - sum(before)
+    engine.warmup(transfers=True)
+    # 4 rows and 4 or 16 pages; 16 or 32 tokens and the same; 1, 2, 4, 8 or 16 pages moved.
+    assert engine.compile_count == 2 + 2 * 2 + 2 + 2 * 5 == sum(compiled()) - sum(before)
     assert engine.free_pages == 19
 
 
@@ -48,7 +50,7 @@ def make_engine(model, params, warm):
     def make(own=params, **options):
         """An engine in whose pages whatever was not written is NaN."""
         engine = Engine(model, own, CONFIG, **options)
-        engine._pool = jax.tree.map(lambda leaf: leaf * jnp.nan, engine._pool)
+        engine._runner._pool = jax.tree.map(lambda leaf: leaf * jnp.nan, engine._runner._pool)
         return engine
 
     before = compiled()
@@ -363,7 +365,8 @@ def test_heads_over_a_mesh(model, params, greedy):
     mesh = make_mesh({"tensor": 2}, jax.devices()[:2])
     engine = Engine(model, params, CONFIG, mesh=mesh)
     assert [output.token_ids for output in engine.generate(PROMPTS[2:4], GREEDY)] == greedy[0][2:4]
-    assert engine._pool[0].sharding.shard_shape(engine._pool[0].shape) == (2, 1, 20, 8, 8)
+    keys = engine._runner._pool[0]
+    assert keys.sharding.shard_shape(keys.shape) == (2, 1, 20, 8, 8)
 
 
 def test_from_pretrained(model, params, tokenizer, tmp_path, make_engine, greedy):

@@ -174,6 +174,21 @@ def test_prompts_that_begin_alike_share_pages():
     assert [(chunk.request.id, chunk.start, chunk.stop) for chunk in plan.chunks] == [(3, 4, 8)]
 
 
+def test_forgotten_prefixes_are_not_shared():
+    scheduler = make(32)
+    old = request(0, range(6), new=8)
+    scheduler.add(old)
+    run(scheduler, scheduler.schedule())
+    scheduler.forget_prefixes()
+    for name in (1, 2):
+        scheduler.add(request(name, [*range(6), 0, 0, 0, 0]))
+    (first, second) = scheduler.schedule().chunks
+    assert (first.start, second.start) == (0, 8)  # nothing of the first request, all of each other
+    run(scheduler, scheduler.schedule())
+    assert scheduler.running[1].pages[:2] == scheduler.running[2].pages[:2] != old.pages[:2]
+    assert len({*old.pages} & {*scheduler.running[1].pages}) == 0
+
+
 def test_a_request_read_elsewhere_is_inserted_where_there_is_room():
     scheduler = make(6, running=2, reserved=4)
     own = request(0, range(8), new=5)
