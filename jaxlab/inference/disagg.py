@@ -110,6 +110,7 @@ class DisaggregatedEngine:
             return LocalWorker(decode, deliver)
 
         crew = Crew(counts, start)
+        crew.wait()
         return cls(crew, model, config, tokenizer=tokenizer, route_prefill=route_prefill, route_decode=route_decode)
 
     @classmethod
@@ -196,7 +197,7 @@ class DisaggregatedEngine:
         )
 
         def start(slot: Slot, deliver: Callable[..., None]) -> WorkerProcess:
-            return WorkerProcess(slot.mode, settings, deliver, worker_env and worker_env(slot.id))
+            return WorkerProcess(slot.mode, settings, deliver, worker_env(slot.id) if worker_env else None)
 
         crew = Crew(
             counts,

@@ -161,7 +161,7 @@ def header_of(pages: KVPages, count: int | None = None) -> dict[str, Any]:
     shape = [layers, heads, pages_here if count is None else count, size, dim]
     arrays = {name: [str(np.dtype(fields.pop(name).dtype)), shape] for name in ("k", "v")}
     # The keys of a JSON object are strings.
-    top_logprobs = [list(own.items()) for own in fields.pop("top_logprobs")]
+    top_logprobs = [[list(pair) for pair in own.items()] for own in fields.pop("top_logprobs")]
     return {**fields, "top_logprobs": top_logprobs, "arrays": arrays}
 
 
