@@ -108,8 +108,8 @@ class LocalWorker:
     def __init__(self, role: Callable[..., Any], deliver: Callable[..., None]):
         self._deliver = deliver
         self._role = role(lambda *event: deliver(self, *event))
-        deliver(self, "ready", self._role.engine.model.config)
         self._role.tell_stats()
+        deliver(self, "ready", self._role.engine.model.config)
 
     @property
     def heard_at(self) -> float:

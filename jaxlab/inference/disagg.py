@@ -252,7 +252,7 @@ class DisaggregatedEngine:
         now = time.monotonic()
         running = [journey for journey in journeys if journey.stage == "decode"]
         waits = tuple(now - journey.arrival for journey in journeys if journey.stage in ("waiting", "prefill"))
-        tokens = sum(len(journey.tokens) - 1 for journey in running)
+        tokens = sum(journey.length - 1 for journey in running)
         return IterationMetrics(now, len(running), len(journeys), tokens, len(waits), waits)
 
     def workers(self) -> list[WorkerStatus]:

@@ -75,9 +75,9 @@ class Journey:
         return f"{self.id}.{self.attempt}"
 
     @property
-    def tokens(self) -> list[int]:
-        """The prompt and what was drawn."""
-        return [*self.prompt, *self.drawn.ids]
+    def length(self) -> int:
+        """Tokens of the prompt and drawn."""
+        return len(self.prompt) + len(self.drawn.ids)
 
     @property
     def decodes(self) -> bool:
@@ -249,14 +249,14 @@ class Dispatcher:
                 return
         if not all(self._crew.of(mode, ready=True) for mode in modes):
             return
-        tokens = journey.tokens
         slots = [self._chosen(mode, journey) for mode in modes]
         for slot in slots:
             slot.requests.add(journey.id)
         journey.prefill, journey.decode = slots[0], slots[-1] if journey.decodes else None
         journey.stage, journey.known = "prefill", len(journey.drawn.ids)
         left = journey.sampling.max_tokens - journey.known
-        slots[0].order("add", journey.key, tokens, dataclasses.replace(journey.sampling, max_tokens=left))
+        tokens, sampling = [*journey.prompt, *journey.drawn.ids], dataclasses.replace(journey.sampling, max_tokens=left)
+        slots[0].order("add", journey.key, tokens, sampling)
 
     def _dispatch_or_fail(self, journey: Journey) -> None:
         try:
@@ -266,7 +266,7 @@ class Dispatcher:
 
     def _chosen(self, mode: str, journey: Journey) -> Slot:
         slots = {slot.id: slot for slot in self._crew.of(mode, ready=True)}
-        chosen = self._routes[mode](journey.id, len(journey.tokens), [slot.status() for slot in slots.values()])
+        chosen = self._routes[mode](journey.id, journey.length, [slot.status() for slot in slots.values()])
         if chosen not in slots:
             raise ValueError(f"route_{mode}: expected one of {', '.join(slots)}, got {chosen!r}")
         return slots[chosen]

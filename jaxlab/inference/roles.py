@@ -86,7 +86,7 @@ class Worker:
         self._keys: dict[int, str] = {}  # engine's name of a request -> ours
         self._ids: dict[str, int] = {}
         self._held: list[tuple[Any, ...]] = []  # events of an iteration that is not over yet
-        self._over_at = 0.0
+        self._started = self._took_s = self._over_at = 0.0  # of the latest iteration
 
     @property
     def idle_s(self) -> float:
@@ -98,6 +98,7 @@ class Worker:
     def pace(self, factor: float) -> None:
         """Each iteration takes `factor` times as long from now on."""
         self._pace = factor
+        self._over_at = self._started + factor * self._took_s  # also the one that is not over yet
 
     def step(self) -> bool:
         """Does what can be done without waiting; whether anything was."""
@@ -111,8 +112,8 @@ class Worker:
         started = time.monotonic()
         self._held = self._iterate()
         if self._held:
-            self._over_at = started + self._pace * (time.monotonic() - started)
-            self._last_itl_ms = 1e3 * (self._over_at - started)
+            self._started, self._took_s = started, time.monotonic() - started
+            self._over_at = started + self._pace * self._took_s
         if self._pace == 1 or not self._held:
             self._tell()
         return True
@@ -152,6 +153,8 @@ class Worker:
 
     def _tell(self) -> None:
         events, self._held = self._held, []
+        if events:
+            self._last_itl_ms = 1e3 * (self._over_at - self._started)
         self.tell_stats()  # first: who hears of a request's end finds its pages free
         for event in events:
             self.emit(*event)

@@ -168,8 +168,8 @@ def main(handle: int) -> None:
     except Exception as error:
         emit("failed", _portable(error))
         os._exit(1)
-    emit("ready", worker.engine.model.config)
     worker.tell_stats()
+    emit("ready", worker.engine.model.config)
     try:
         _live(worker, orders, awake)
     except BaseException:

@@ -99,7 +99,7 @@ def test_memory_that_runs_out_delays_and_loses_nothing(model, params):
         assert engine.free_pages == CONFIG.num_pages - 1
 
 
-def until(engine, condition, timeout_s=20.0):
+def until(engine, condition, timeout_s=120.0):
     """Outputs of steps until a condition holds."""
     outputs, deadline = [], time.monotonic() + timeout_s
     while not condition(outputs):
@@ -154,17 +154,18 @@ def mortal(model, params, tokenizer):
     """`make(num_prefill, num_decode, restarts) -> (engine, gate)`."""
     with contextlib.ExitStack() as stack:
 
-        def make(num_prefill=1, num_decode=1, restarts=0, **arguments):
+        def make(num_prefill=1, num_decode=1, restarts=0, max_held_bytes=1 << 30):
             gate = Gate()
 
             def start(slot, deliver):
                 own = Engine(model, params, CONFIG, tokenizer=tokenizer)
-                kind = PrefillWorker if slot.mode == "prefill" else DecodeWorker
-                return Mortal(lambda emit: kind(own, gate, emit), deliver)
+                if slot.mode == "decode":
+                    return Mortal(lambda emit: DecodeWorker(own, gate, emit), deliver)
+                return Mortal(lambda emit: PrefillWorker(own, gate, emit, max_held_bytes=max_held_bytes), deliver)
 
             crew = Crew({"prefill": num_prefill, "decode": num_decode}, start, restarts=restarts)
             crew.wait()
-            return stack.enter_context(DisaggregatedEngine(crew, model, CONFIG, tokenizer=tokenizer, **arguments)), gate
+            return stack.enter_context(DisaggregatedEngine(crew, model, CONFIG, tokenizer=tokenizer)), gate
 
         yield make
 
@@ -216,6 +217,19 @@ def test_a_transfer_that_takes_too_long(model, params, monkeypatch):
             engine.generate(PROMPTS[:1], GREEDY)
         until(engine, lambda _: engine.free_pages == CONFIG.num_pages - 1)
         assert {slot.stats.held_bytes for slot in engine._crew.slots.values()} == {0}
+
+
+def test_prefill_waits_while_nobody_fetches(mortal, greedy):
+    engine, gate = mortal(max_held_bytes=1)
+    gate.open = False
+    ids = [engine.add_request(PROMPTS[row], GREEDY) for row in (3, 4)]  # the first fills a step
+    outputs = until(engine, lambda _: stage(engine, ids[0]) == "moving")
+    for _ in range(3):
+        outputs += engine.step()
+    assert stage(engine, ids[1]) == "prefill"
+    gate.open = True
+    outputs += finish(engine)
+    assert [tokens_of(outputs, request_id) for request_id in ids] == [greedy[3], greedy[4]]
 
 
 @pytest.mark.parametrize("lived", [True, False])
@@ -329,11 +343,44 @@ class Silent:
 
     pid, heard_at = None, float("inf")
 
+    def __init__(self, deliver=None):
+        self._deliver = deliver
+
     def order(self, word, *arguments):
         pass
 
+    def kill(self):
+        self._deliver(self, "died", "killed by SIGKILL")
+
     def close(self):
         pass
+
+
+def test_a_crew_gives_up_on_those_that_do_not_start():
+    def failing(slot, deliver):
+        worker = Silent()
+        deliver(worker, "failed", FileNotFoundError("no such model"))
+        deliver(worker, "died", "exit code 1")
+        return worker
+
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        Crew({"prefill": 1}, failing, restarts=3).wait()
+
+    made = []
+
+    def hanging(slot, deliver):
+        made.append(Silent(deliver))
+        made[-1].pid = 1
+        return made[-1]
+
+    with pytest.raises(WorkerLost, match="worker decode-0 dies when it is started"):
+        Crew({"decode": 1}, hanging, restarts=2, start_timeout_s=0.0).wait()
+    assert len(made) == 3
+
+    crew = Crew({"decode": 1}, hanging, heartbeat_timeout_s=5.0)
+    made[-1].heard_at = time.monotonic() - 6
+    assert [event for _, event, _ in crew.poll(0.0)] == ["died"]
+    assert crew.of("decode") == []
 
 
 def test_routes_see_the_workers_and_choose(model, params, greedy):
