@@ -138,15 +138,15 @@ class Gate(InprocTransfer):
             raise self.error
         return super().recv(request_id, offer, timeout_s=timeout_s)
 
-    def close(self):
-        """The others go on when one dies."""
-
 
 class Mortal(LocalWorker):
     """A worker that can be killed."""
 
     def die(self):
         self._deliver(self, "died", "killed by SIGKILL")
+
+    def close(self):
+        """A dead one frees nothing."""
 
 
 @pytest.fixture
@@ -298,6 +298,41 @@ def test_a_second_death_fails_the_request(mortal):
     assert isinstance(outputs[-1].error, WorkerLost)
     assert "worker decode-0 died (killed by SIGKILL), as the worker that had it before" in str(outputs[-1].error)
     assert engine.generate(PROMPTS[:1], GREEDY)[0].finish_reason == "length"  # the third one works
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_lives(seed, mortal, greedy):
+    """Whatever comes, goes and dies when: each request ends once, with the right tokens or the beginning of them."""
+    rng = np.random.default_rng(seed)
+    engine, gate = mortal(num_prefill=2, num_decode=2, restarts=1000)
+    rows, outputs, deaths = {}, [], 0
+    for _ in range(60):
+        action = rng.choice(["add", "step", "abort", "die", "gate"], p=[0.3, 0.45, 0.1, 0.05, 0.1])
+        if action == "add":
+            row = int(rng.integers(len(PROMPTS)))
+            rows[engine.add_request(PROMPTS[row], GREEDY)] = row
+        elif action == "step":
+            outputs += engine.step()
+        elif action == "abort" and rows:
+            engine.abort(int(rng.choice(list(rows))))
+        elif action == "die":
+            slot = engine._crew.slots[str(rng.choice(list(engine._crew.slots)))]
+            if isinstance(slot.worker, Mortal):
+                slot.worker.die()
+                deaths += 1
+        elif action == "gate":
+            gate.open = not gate.open
+    gate.open = True
+    outputs += finish(engine)
+    ends = [output for output in outputs if output.finish_reason is not None]
+    assert sorted(output.request_id for output in ends) == sorted(rows)
+    for end in ends:
+        tokens, expected = tokens_of(outputs, end.request_id), greedy[rows[end.request_id]]
+        assert tokens == (expected if end.finish_reason == "length" else expected[: len(tokens)])
+        assert not isinstance(end, FailedOutput) or deaths >= 2
+    until(engine, lambda _: engine.free_pages == CONFIG.num_pages - 1 and gate.held_bytes == 0)
+    assert {status.in_flight for status in engine.workers()} == {0}
+    assert {status.load for status in engine.workers()} == {0}
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])

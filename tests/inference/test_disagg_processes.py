@@ -72,9 +72,11 @@ def nothing_leaks(engine, routes):
     yield
     routes.clear()
     until(engine, lambda _: all(slot.ready for slot in engine._crew.slots.values()))
-    until(engine, lambda _: {slot.stats.free_pages for slot in engine._crew.slots.values()} == {CONFIG.num_pages - 1})
+    idle = {(CONFIG.num_pages - 1, 0)}
+    until(
+        engine, lambda _: {(own.stats.free_pages, own.stats.held_bytes) for own in engine._crew.slots.values()} == idle
+    )
     assert not engine.has_work
-    assert {slot.stats.held_bytes for slot in engine._crew.slots.values()} == {0}
     assert {status.in_flight for status in engine.workers()} == {0}
 
 
