@@ -219,7 +219,7 @@ class PrefillWorker(Worker):
             self._forget(key)
             if output.finish_reason is None:
                 events.append(("offered", key, self.transfer.send(key, self.engine.take(output.request_id))))
-        return [*events, ("metrics", self.engine.metrics())]
+        return [("metrics", self.engine.metrics()), *events]
 
     def _load(self) -> int:
         return sum(self._waiting.values())
@@ -318,7 +318,7 @@ class DecodeWorker(Worker):
             if output.finish_reason is not None:
                 self._forget(key)
                 del self._tokens[key]
-        return [*events, ("metrics", self.engine.metrics())]
+        return [("metrics", self.engine.metrics()), *events]
 
     def _arrive(self) -> None:
         for incoming in list(self._incoming.values()):

@@ -442,22 +442,26 @@ def test_routes_see_the_workers_and_choose(model, params, greedy):
         assert not engine.has_work
 
 
-def test_pace(model, params):
+def test_pace(model, params, monkeypatch):
     """A paced worker's iterations take longer, and nobody waits for it."""
-    sampling = dataclasses.replace(GREEDY, max_tokens=6)
     with DisaggregatedEngine.local(model, params, CONFIG) as engine:
-        engine.generate(PROMPTS[:1], sampling)
-        plain = engine.workers()[1].last_itl_ms
-        engine.set_pace("decode-0", 30.0)
-        slowest = 0.0
-        engine.add_request(PROMPTS[0], sampling)
-        while engine.has_work:
+        own = worker(engine, "decode-0")._role.engine
+        step = own.step
+        monkeypatch.setattr(own, "step", lambda: (time.sleep(0.005), step())[1])
+        engine.generate(PROMPTS[:1], GREEDY)
+        engine.drain_metrics("decode-0")
+        engine.set_pace("decode-0", 20.0)
+        one = engine.add_request(PROMPTS[0], dataclasses.replace(GREEDY, max_tokens=4))
+        until(engine, lambda _: stage(engine, one) == "decode")
+        waits = []
+        while stage(engine, one) is not None:
             started = time.monotonic()
             engine.step()
-            slowest = max(slowest, time.monotonic() - started)
-        assert engine.workers()[1].last_itl_ms > 5 * plain
-        times = [own.timestamp for own in engine.drain_metrics("decode-0")[-5:]]
-        assert min(np.diff(times)) * 1e3 > 5 * plain
+            waits.append(time.monotonic() - started)
+        assert engine.workers()[1].last_itl_ms >= 100
+        times = [metrics.timestamp for metrics in engine.drain_metrics("decode-0")]
+        assert min(np.diff(times)) >= 0.09
+        assert len(waits) > 9  # a step waits a hundredth of a second at most
         for factor in (0.5, float("nan")):
             with pytest.raises(ValueError, match="factor: expected a number of at least 1"):
                 engine.set_pace("decode-0", factor)

@@ -110,7 +110,7 @@ def test_abort(engine):
 def test_pace(engine, routes):
     """A slow clock on one worker: its steps take longer, those of the other do not, and the front waits for neither."""
 
-    def step_ms(worker_id):
+    def step_s(worker_id):
         routes["decode"] = worker_id
         one = engine.add_request(PROMPTS[0], GREEDY)
         engine.drain_metrics(worker_id)
@@ -120,15 +120,14 @@ def test_pace(engine, routes):
             engine.step()
             slowest = max(slowest, time.monotonic() - started)
         times = [metrics.timestamp for metrics in engine.drain_metrics(worker_id)]
-        assert len(times) >= 5
-        return 1e3 * float(np.median(np.diff(times))), slowest
+        assert len(times) == GREEDY.max_tokens - 1
+        return float(min(np.diff(times))), slowest
 
-    plain, _ = step_ms("decode-1")
-    engine.set_pace("decode-0", 20.0)
-    paced, slowest = step_ms("decode-0")
+    plain, _ = step_s("decode-1")
+    engine.set_pace("decode-0", 30.0)
+    paced, slowest = step_s("decode-0")
     engine.set_pace("decode-0", 1.0)
     assert paced > 5 * plain
-    assert engine.workers()[2].last_itl_ms > 5 * plain
     assert slowest < 0.5
 
 
