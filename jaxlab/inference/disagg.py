@@ -22,6 +22,7 @@ from jaxlab.inference.admission import checked_ids
 from jaxlab.inference.crew import Crew, LocalWorker, Slot, WorkerStatus
 from jaxlab.inference.dispatch import Dispatcher, FailedOutput, Journey, Route, at_random, fewest_requests
 from jaxlab.inference.engine import Engine
+from jaxlab.inference.layout import decode_params
 from jaxlab.inference.params import SamplingParams
 from jaxlab.inference.roles import DecodeWorker, Drawn, PrefillWorker, WorkerStats
 from jaxlab.inference.serving import EngineConfig, IterationMetrics, RequestOutput, StepOutput
@@ -57,7 +58,6 @@ class DisaggregatedEngine:
         tokenizer: theirs.
         route_prefill: `(request id, prompt tokens, list of WorkerStatus) -> worker id`; None: at random (the paper).
         route_decode: the same for decode workers, asked when the request comes; None: the one with the fewest requests.
-
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class DisaggregatedEngine:
         if transfer not in BACKENDS:
             raise ValueError(f"transfer: expected one of {', '.join(BACKENDS)}, got {transfer!r}")
         token = secrets.token_bytes(32)
+        params = decode_params(model, params)  # once for all engines
         shared = open_transfer(transfer) if transfer == "inproc" else None
 
         def start(slot: Slot, deliver: Callable[..., None]) -> LocalWorker:

@@ -325,9 +325,9 @@ class DecodeWorker(Worker):
             if incoming.here is None and incoming.fetch is not None and incoming.fetch.done():
                 try:
                     incoming.here = incoming.fetch.result()
-                except KVTransferError as error:
+                except (KVTransferError, MemoryError) as error:
                     del self._incoming[incoming.key]
-                    self.emit("lost", incoming.key, str(error), error.peer_lost)
+                    self.emit("lost", incoming.key, str(error), getattr(error, "peer_lost", False))
                 else:
                     self.emit("received", incoming.key, byte_count(incoming.here))
 
@@ -346,10 +346,12 @@ class DecodeWorker(Worker):
                 )
                 try:
                     self._know(incoming.key, self.engine.give(incoming.prompt, incoming.sampling, pages))
+                    self._tokens[incoming.key] = pages.tokens
                 except MemoryError:
                     return
+                except (ValueError, TypeError) as error:
+                    self.emit("refused", incoming.key, str(error))
                 del self._incoming[incoming.key]
-                self._tokens[incoming.key] = pages.tokens
 
     def _allocate(self) -> None:
         """Sets pages aside for the next requests, and fetches what belongs in them."""
