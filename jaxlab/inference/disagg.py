@@ -24,13 +24,11 @@ from jaxlab.inference.dispatch import Dispatcher, FailedOutput, Journey, Route, 
 from jaxlab.inference.engine import Engine
 from jaxlab.inference.layout import decode_params
 from jaxlab.inference.params import SamplingParams
-from jaxlab.inference.roles import DecodeWorker, Drawn, PrefillWorker, WorkerStats
+from jaxlab.inference.roles import DecodeWorker, DrawnTokens, PrefillWorker, WorkerStats
 from jaxlab.inference.serving import EngineConfig, IterationMetrics, RequestOutput, StepOutput
 from jaxlab.inference.text import RowText
 from jaxlab.inference.transfer import BACKENDS, open_transfer
 from jaxlab.inference.worker import WorkerProcess, WorkerSettings
-
-_POLL_S = 0.01  # how long a step waits for news
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,9 +297,9 @@ class DisaggregatedEngine:
 
     def step(self) -> list[StepOutput]:
         """Lets workers go on, waits a little for news, and reports what requests were given."""
-        dispatcher = self._dispatcher
-        dispatcher.absorb(0.0 if dispatcher.outputs else _POLL_S)
-        outputs, dispatcher.outputs = dispatcher.outputs, []
+        if not self._dispatcher.outputs:
+            self._dispatcher.absorb()
+        outputs, self._dispatcher.outputs = self._dispatcher.outputs, []
         return outputs
 
     def abort(self, request_id: int) -> bool:
@@ -325,7 +323,7 @@ class DisaggregatedEngine:
         if len(each) != len(prompts):
             raise ValueError(f"sampling: expected one for each of {len(prompts)} prompts, got {len(each)}")
         checked = [self._checked(ids, own) for ids, own in zip(prompts, each)]
-        mine = {self._add(ids, own): (own, Drawn()) for ids, own in zip(checked, each)}
+        mine = {self._add(ids, own): (own, DrawnTokens()) for ids, own in zip(checked, each)}
         reasons: dict[int, str] = {}
         others: list[StepOutput] = []
         try:
@@ -360,7 +358,7 @@ class DisaggregatedEngine:
             self._dispatcher.add(journey)
         return journey.id
 
-    def _output(self, request_id: int, reason: str, sampling: SamplingParams, drawn: Drawn) -> RequestOutput:
+    def _output(self, request_id: int, reason: str, sampling: SamplingParams, drawn: DrawnTokens) -> RequestOutput:
         reader = self._reader(sampling)
         text = None if reader is None else reader.final(np.array(drawn.ids, np.int32))
         return RequestOutput(request_id, drawn.ids, reason, text, drawn.logprobs, drawn.top_logprobs)

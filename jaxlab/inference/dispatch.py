@@ -11,14 +11,14 @@ import numpy as np
 
 from jaxlab.inference.crew import Crew, Slot, WorkerLost, WorkerStatus
 from jaxlab.inference.params import SamplingParams
-from jaxlab.inference.roles import Drawn
+from jaxlab.inference.roles import DrawnTokens
 from jaxlab.inference.serving import StepOutput
 from jaxlab.inference.text import RowText
 from jaxlab.inference.transfer import KVTransferError, Offer, RequestFailed
 
 Route = Callable[[int, int, list[WorkerStatus]], str]
 
-_POLL_S = 0.01
+_POLL_S = 0.01  # how long to wait for news
 _BEFORE_DECODE = ("waiting", "prefill", "offered")
 _GRACE_S = 1.0  # how long the news of a worker's death may come after that of its broken connection
 
@@ -59,7 +59,7 @@ class Journey:
     prompt: list[int]
     sampling: SamplingParams
     arrival: float
-    drawn: Drawn = dataclasses.field(default_factory=Drawn)
+    drawn: DrawnTokens = dataclasses.field(default_factory=DrawnTokens)
     stage: str = "waiting"
     attempt: int = 0
     retries: int = 1
@@ -131,7 +131,7 @@ class Dispatcher:
             if slot is not None:
                 slot.order("abort", journey.key)
 
-    def absorb(self, timeout_s: float) -> None:
+    def absorb(self, timeout_s: float = _POLL_S) -> None:
         """Lets workers in this process go on, waits a little for news, and takes it in."""
         for slot, event, arguments in self._crew.poll(timeout_s):
             handler = getattr(self, f"_on_{event}", None)
@@ -155,7 +155,7 @@ class Dispatcher:
             worker.ask(number, method, *arguments)
         until = time.monotonic() + timeout_s
         while asked.keys() - self._answers.keys():
-            self.absorb(_POLL_S)
+            self.absorb()
             for number, (slot, worker) in asked.items():
                 if number not in self._answers and (slot.worker is not worker or time.monotonic() > until):
                     raise WorkerLost(f"{method}: worker {slot.id} has not answered")

@@ -52,7 +52,7 @@ class WorkerStats:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class DrawnTokens:
     """Tokens of a request, with their log-probabilities."""
 
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -65,9 +65,9 @@ class Drawn:
         self.logprobs.extend(output.logprobs)
         self.top_logprobs.extend(output.top_logprobs)
 
-    def first(self, count: int) -> "Drawn":
+    def first(self, count: int) -> "DrawnTokens":
         """The first `count` tokens."""
-        return Drawn(self.ids[:count], self.logprobs[:count], self.top_logprobs[:count])
+        return DrawnTokens(self.ids[:count], self.logprobs[:count], self.top_logprobs[:count])
 
 
 class Worker:
@@ -233,7 +233,7 @@ class _Incoming:
     offer: Offer
     prompt: list[int]
     sampling: SamplingParams
-    drawn: Drawn
+    drawn: DrawnTokens
     pages: int
     fetch: concurrent.futures.Future | None = None
     here: KVPages | None = None
@@ -270,7 +270,7 @@ class DecodeWorker(Worker):
         self._fetchers = concurrent.futures.ThreadPoolExecutor(fetches, thread_name_prefix="kv-fetch")
 
     def fetch(
-        self, key: str, offer: Mapping[str, Any], prompt: list[int], sampling: SamplingParams, drawn: Drawn
+        self, key: str, offer: Mapping[str, Any], prompt: list[int], sampling: SamplingParams, drawn: DrawnTokens
     ) -> None:
         """Queues a prefilled request. The prompt that was read for it may end with tokens `drawn` earlier."""
         tokens = len(prompt) + len(drawn.ids) + 1
@@ -292,15 +292,20 @@ class DecodeWorker(Worker):
         self._fetchers.shutdown(wait=True, cancel_futures=True)
 
     def _has_work(self) -> bool:
-        return super()._has_work() or any(self._ready(incoming) for incoming in self._incoming.values())
+        fetches = (incoming.fetch for incoming in self._incoming.values())
+        return super()._has_work() or any(fetch and fetch.done() for fetch in fetches) or self._next() is not None
 
-    def _ready(self, incoming: _Incoming) -> bool:
-        return self._has_room(incoming) if incoming.fetch is None else incoming.fetch.done()
+    def _next(self) -> _Incoming | None:
+        """The first request not fetched yet, if its pages are free beside those of the fetches under way.
 
-    def _has_room(self, incoming: _Incoming) -> bool:
-        """Whether its pages are free beside those of the fetches under way; an idle engine lets one request in."""
+        An idle engine lets one in without asking.
+        """
+        first = next((incoming for incoming in self._incoming.values() if incoming.fetch is None), None)
+        if first is None:
+            return None
         kept = sum(other.pages for other in self._incoming.values() if other.fetch is not None)
-        return incoming.pages <= self.engine.free_pages - kept or not (kept or self.engine.has_work)
+        fits = first.pages <= self.engine.free_pages - kept or not (kept or self.engine.has_work)
+        return first if fits else None
 
     def _iterate(self) -> list[tuple[Any, ...]]:
         self._arrive()
@@ -355,14 +360,11 @@ class DecodeWorker(Worker):
 
     def _allocate(self) -> None:
         """Sets pages aside for the next requests, and fetches what belongs in them."""
-        for incoming in self._incoming.values():
-            if incoming.fetch is None:
-                if not self._has_room(incoming):
-                    return
-                incoming.fetch = self._fetchers.submit(
-                    self.transfer.recv, incoming.key, incoming.offer, timeout_s=self._timeout_s
-                )
-                incoming.fetch.add_done_callback(lambda _: self._wake())
+        while (incoming := self._next()) is not None:
+            incoming.fetch = self._fetchers.submit(
+                self.transfer.recv, incoming.key, incoming.offer, timeout_s=self._timeout_s
+            )
+            incoming.fetch.add_done_callback(lambda _: self._wake())
 
     def _load(self) -> int:
         coming = sum(len(incoming.prompt) + len(incoming.drawn.ids) for incoming in self._incoming.values())

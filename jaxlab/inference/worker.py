@@ -102,8 +102,9 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Ends it in the middle of its work; "died" will be told."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if self._process.returncode is None:  # afterwards the number may be another's
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def close(self, grace_s: float = 5.0) -> None:
         """Ends it, by force when it has not ended by itself in time."""

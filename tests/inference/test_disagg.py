@@ -373,6 +373,21 @@ def test_requests_wait_for_a_worker_that_is_started(mortal, greedy):
         assert [tokens_of(outputs, request_id) for request_id in ids] == greedy
 
 
+def test_prefilled_requests_wait_for_a_decode_worker_that_is_started(mortal, greedy):
+    engine, gate = mortal(restarts=1)
+    ids = [engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    slot = engine._crew.slots["decode-0"]
+    make, engine._crew._make = engine._crew._make, lambda slot, deliver: Silent()
+    slot.worker.die()
+    outputs = until(engine, lambda _: {stage(engine, request_id) for request_id in ids} == {"offered"})
+    assert gate.held_bytes > 0
+    engine._crew._make, slot.starts_left = make, 1
+    engine._crew._inbox.put((slot, slot.worker, ("died", "exit code 1")))
+    outputs += finish(engine)
+    assert [tokens_of(outputs, request_id) for request_id in ids] == greedy
+    assert gate.held_bytes == 0
+
+
 class Silent:
     """A worker that does not get ready."""
 
