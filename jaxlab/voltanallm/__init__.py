@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from jaxlab.voltanallm.power import PowerModel, sweet_spot, wasteful_clocks
     from jaxlab.voltanallm.predictor import EnergyTable, LatencyTable
     from jaxlab.voltanallm.router import RequestInfo, Router, WorkerState
+    from jaxlab.voltanallm.sim import ClusterConfig, SimModels, SimResult, Simulator, Trace
     from jaxlab.voltanallm.zeus import ZeusBackend
 
 __all__ = [
     "AIMD",
+    "ClusterConfig",
     "ControllerConfig",
     "DynamoLLM",
     "EcoFreq",
@@ -52,9 +54,13 @@ __all__ = [
     "PowerModel",
     "RequestInfo",
     "Router",
+    "SimModels",
+    "SimResult",
     "SimulatedGPU",
+    "Simulator",
     "StaticClock",
     "ThrottLLeM",
+    "Trace",
     "WorkerState",
     "ZeusBackend",
     "best_static_clock",
@@ -86,6 +92,7 @@ __getattr__, __dir__ = lazy.attach(
         "power": ("PowerModel", "sweet_spot", "wasteful_clocks"),
         "predictor": ("EnergyTable", "LatencyTable"),
         "router": ("RequestInfo", "Router", "WorkerState"),
+        "sim": ("ClusterConfig", "SimModels", "SimResult", "Simulator", "Trace"),
         "zeus": ("ZeusBackend",),
     },
 )
