@@ -41,7 +41,7 @@ class Simulator:
       cluster: workers, memory, links.
       trace: what arrives.
       policy: a name that `Router` knows, for the choice of a decode worker; or a router.
-      controller: of the clocks, one for each worker.
+      controller: of the clocks, one for each worker; or a pair, of those that prefill and of those that decode.
       models: latencies and power of the GPUs, and what controllers and router believe of them.
       seed: of the noise and of the random choices.
 
@@ -54,12 +54,13 @@ class Simulator:
         cluster: ClusterConfig,
         trace: Trace,
         policy: str | Router,
-        controller: ControllerConfig,
+        controller: ControllerConfig | tuple[ControllerConfig, ControllerConfig],
         models: SimModels,
         seed: int = 0,
     ) -> None:
         self.cluster, self.trace, self.policy = cluster, trace, policy
-        self.controller, self.models, self.seed = controller, models, seed
+        self.controllers = controller if isinstance(controller, tuple) else (controller, controller)
+        self.models, self.seed = models, seed
         _Run(self, False)  # finds what does not fit together
 
     def run(self, until_s: float | None = None, *, record: bool = False) -> SimResult:
@@ -82,8 +83,10 @@ class _Run:
     """One run's state."""
 
     def __init__(self, given: Simulator, record: bool) -> None:
-        cluster, models, controller = given.cluster, given.models, given.controller
-        self.cluster, self.controller = cluster, controller
+        cluster, models = given.cluster, given.models
+        self.cluster = cluster
+        prefill, decode = given.controllers
+        self.ttft_ms, self.itl_ms = prefill.prefill_slo_ms, decode.decode_slo_ms
         self.arrival, self.prompt, self.output = (
             column.tolist() for column in (given.trace.arrival_s, given.trace.prompt_tokens, given.trace.output_tokens)
         )
@@ -92,19 +95,22 @@ class _Run:
         self.first, self.finish = [math.nan] * number, [math.nan] * number
         power: dict[tuple[int, str], float] = {}
         for phase in ("prefill", "decode"):
-            power |= {(mhz, phase): float(models.power.power_w(mhz, phase, 1.0)) for mhz in controller.freqs}
+            power |= {
+                (mhz, phase): float(models.power.power_w(mhz, phase, 1.0)) for mhz in prefill.freqs + decode.freqs
+            }
         self.idle_w = float(models.power.idle_w)
-        self.prefill_ms = {mhz: scalar(models.prefill, mhz) for mhz in controller.freqs}
-        self.decode_ms = {mhz: scalar(models.decode, mhz) for mhz in controller.freqs}
+        shared = cluster.num_prefill == 0
+        self.prefill_ms = {mhz: scalar(models.prefill, mhz) for mhz in (decode if shared else prefill).freqs}
+        self.decode_ms = {mhz: scalar(models.decode, mhz) for mhz in decode.freqs}
 
         def worker(index: int, name: str, role: Role) -> Worker:
-            phase = "prefill" if role == "prefill" else "decode"
+            phase, controller = ("prefill", prefill) if role == "prefill" else ("decode", decode)
             clock = Clock(_first(controller), cluster.switch_ms / 1000, power)
             noise = Noise(models.noise_sigma, (given.seed, _NOISE, index))
             decides = None if controller.kind == "static" else models.controller(controller, phase)
-            return Worker(name, role, clock, decides, noise)
+            counts = controller.tps_threshold is not None or controller.rps_threshold is not None
+            return Worker(name, role, clock, decides, noise, controller.window_s if counts else 0.0)
 
-        shared = cluster.num_prefill == 0
         self.prefills = [worker(i, f"prefill{i}", "prefill") for i in range(cluster.num_prefill)]
         self.decodes = [
             worker(cluster.num_prefill + i, f"decode{i}", "both" if shared else "decode")
@@ -114,15 +120,14 @@ class _Run:
         self.seen = [WorkerState(decode.id, 0, decode.clock.mhz, 0, 0.0, 0.0) for decode in self.decodes]
         places = np.random.default_rng((given.seed, _PLACES))
         self.places = places.integers(max(1, cluster.num_prefill), size=number).tolist()
-        self.router = models.router(given.policy, controller, given.seed)
+        self.router = models.router(given.policy, decode, given.seed)
         self.home: list[Any] = [None] * number
-        self.wants_arrivals = controller.tps_threshold is not None or controller.rps_threshold is not None
         self.polled = -math.inf
         self.poll_s = cluster.poll_ms / 1000
         self.heap: list[tuple[float, int, int, Worker, int]] = []
         self.pushed = 0
         self.moments: list[Moment] | None = [] if record else None
-        self.slo_s = controller.decode_slo_ms / 1000
+        self.slo_s = self.itl_ms / 1000
         self.tokens_in_time = self.decoded = self.decode_iterations = self.peak_kv = 0
         self.done = self.aborted = 0
         self.last = 0.0  # completion
@@ -168,7 +173,7 @@ class _Run:
         worker = self.prefills[self.places[request]] if self.prefills else decode
         worker.queue.append(request)
         for told in {worker, decode}:
-            if told.controller is not None and self.wants_arrivals:
+            if told.window_s:
                 told.arrivals.append((now, prompt))
         return worker
 
@@ -331,7 +336,7 @@ class _Run:
     def decide(self, worker: Worker, metric: Iteration, now: float) -> None:
         arrivals = worker.arrivals
         if arrivals:
-            while arrivals and now - arrivals[0][0] >= self.controller.window_s:
+            while arrivals and now - arrivals[0][0] >= worker.window_s:
                 arrivals.popleft()
         target = worker.controller.decide((metric,), arrivals, now)
         if target is not None:
@@ -393,11 +398,9 @@ class _Run:
             first_token_s=first,
             finish_s=finish,
             ttft_ms=ttft,
-            ttft_attainment=_share(int((ttft[done] <= self.controller.prefill_slo_ms).sum()), arrived),
+            ttft_attainment=_share(int((ttft[done] <= self.ttft_ms).sum()), arrived),
             itl_token_attainment=_share(self.tokens_in_time, int((output[came] - 1).sum())),
-            itl_request_attainment=_share(
-                int((itl[done] <= self.controller.decode_slo_ms).sum()), int((several & came).sum())
-            ),
+            itl_request_attainment=_share(int((itl[done] <= self.itl_ms).sum()), int((several & came).sum())),
             itl_ms=itl,
             moments=tuple(self.moments or ()),
         )

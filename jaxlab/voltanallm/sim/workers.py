@@ -129,7 +129,8 @@ class Worker:
       joined: members of the batch whose first decode iteration is under way.
       last_end: when the batch made its last tokens.
       idle_since: when it last fell idle.
-      arrivals: (time, prompt tokens) of what was dispatched to it lately, if the controller looks at that.
+      window_s: for which its controller wants to know what was dispatched to it; 0: it does not.
+      arrivals: (time, prompt tokens) of that.
     """
 
     __slots__ = (
@@ -157,10 +158,12 @@ class Worker:
         "started",
         "stretches",
         "unplaced",
+        "window_s",
     )
 
-    def __init__(self, id: str, role: Role, clock: Clock, controller: Any, noise: Noise) -> None:
+    def __init__(self, id: str, role: Role, clock: Clock, controller: Any, noise: Noise, window_s: float = 0.0) -> None:
         self.id, self.role, self.clock, self.controller, self.noise = id, role, clock, controller, noise
+        self.window_s = window_s
         self.queue: deque[int] = deque()
         self.unplaced: deque[int] = deque()
         self.entering: list[int] = []
