@@ -77,7 +77,7 @@ BETTER = (
     Way("model-predictive, state_space", "model_predictive", "state_space", PAPER, 0.0),
     Way("model-predictive, min_delta_energy", "model_predictive", "min_delta_energy", PAPER, 0.0),
     Way("EcoFreq, state_space, all clocks", "ecofreq", "state_space", ALL),
-    Way("least energy, min_delta_energy, all clocks", "least_energy", "min_delta_energy", ALL),
+    Way("model-predictive, state_space, all clocks", "model_predictive", "state_space", ALL, 0.0),
     OURS,
 )
 OTHERS = (
@@ -94,6 +94,12 @@ OTHERS = (
     _static(1410, "one pool of four, 1410 MHz", cluster=(("num_prefill", 0), ("num_decode", 4))),
     _static(1005, "one pool of four, 1005 MHz", cluster=(("num_prefill", 0), ("num_decode", 4))),
 )
+MARGINS = {
+    ECO_ROUTE: (-0.2, -0.15, -0.11, RESERVE, -0.05, 0.0),
+    BETTER[1]: (-0.05, 0.0, 0.04, 0.08, 0.12),
+    BETTER[3]: (-0.2, -0.15, -0.11, RESERVE, -0.05, 0.0),
+    BETTER[4]: (-0.05, 0.0, 0.04, 0.08, 0.12),
+}
 SCALES = {"1 (one pool)": (0, 1), "10": (5, 5), "100": (50, 50), "1000": (500, 500)}
 SWITCHES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 AZURE = {"conversation": (traces.AZURE_CONVERSATION, (6, 12, 18, 24)), "code": (traces.AZURE_CODE, (3, 6, 9, 12))}
@@ -118,6 +124,18 @@ def items() -> Iterator[Item]:
                 "modelled only",
                 {"load": load, "way": dataclasses.asdict(way)},
                 lambda load=load, way=way: {"requests/s": load, "controller": way.label, **_beyond(load, way)},
+            )
+    for way, margins in MARGINS.items():
+        for margin in margins:
+            yield _item(
+                f"margin {margin:g}, {way.label}",
+                f"Margins of the objective at 80 requests/s, {_SETTING}",
+                {"margin": margin, "way": dataclasses.asdict(way)},
+                lambda way=way, margin=margin: {
+                    "controller": way.label,
+                    "margin": margin,
+                    **_row(80, dataclasses.replace(way, margin=margin)),
+                },
             )
     for load in (50, 80):
         for way in OTHERS:
@@ -367,9 +385,14 @@ def pages() -> None:
     from jaxlab.voltanallm.sim import pictures
 
     rows = [item["row"] for item in json.loads((FOLDER / "voltanallm.json").read_text())["items"].values()]
+    margins = [row for row in rows if "margin" in row]
     rows = [row for row in rows if "requests/s" in row and "trace" not in row]
     chosen = ("1005 MHz", "EcoFreq, rr", ECO_ROUTE.label, "EcoFreq, min_delta_energy", OURS.label)
     kept = {"TTFT": "TTFT kept, %", "ITL, by token": "ITL kept, % of tokens"}
+
+    def place(row: dict[str, Any]) -> tuple[float, float]:
+        return row[kept["ITL, by token"]], row["saved, %"]
+
     drawn = {
         "savings": pictures.savings(
             {name: _curve(rows, name, "saved, %") for name in chosen}, "paper (read off)", FIGURE
@@ -381,11 +404,8 @@ def pages() -> None:
             }
         ),
         "frontier": pictures.frontier(
-            {
-                row["controller"]: (row[kept["ITL, by token"]], row["saved, %"])
-                for row in rows
-                if row["requests/s"] == 80
-            }
+            {way.label: [place(row) for row in margins if row["controller"] == way.label] for way in MARGINS},
+            {row["controller"]: place(row) for row in rows if row["requests/s"] == 80 and "J a token" in row},
         ),
         "clocks": pictures.clocks(*_recorded(), start=20.0, stop=60.0, tile=128),
     }

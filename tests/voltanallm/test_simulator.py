@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlab.voltanallm import ControllerConfig, LatencyTable, PowerModel
+from jaxlab.voltanallm import ControllerConfig, LatencyTable, PowerModel, Router
 from jaxlab.voltanallm.predictor import Plane
-from jaxlab.voltanallm.sim import ClusterConfig, SimModels, Simulator, Trace
+from jaxlab.voltanallm.sim import ClusterConfig, Profile, ProfiledLatency, SimModels, Simulator, Trace
 from jaxlab.voltanallm.sim.workers import Clock
 from tests.oracles import voltanallm_cluster as oracle
 
@@ -103,7 +103,7 @@ def test_against_workers_followed_one_by_one(given, decodes, most):
     np.testing.assert_allclose(result.itl_ms[np.array([bool(row) for row in gaps])], np.array(means) * 1000, rtol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     requests,
     st.tuples(st.integers(0, 2), st.integers(1, 3)),
@@ -189,6 +189,39 @@ def test_low_clocks_fill_the_batches():
     assert runs[0].energy_j < runs[1].energy_j
 
 
+def test_phases_may_have_controllers_of_their_own():
+    rows = [(0.0, 128, 4), (0.5, 128, 1)]
+    one, two = control(freq=LOW), control(freq=HIGH)
+    result = simulate(rows, controller=(one, two))
+    assert result.first_token_s.tolist() == pytest.approx([0.032, 0.532])
+    assert result.busy_s_by_clock[HIGH] == pytest.approx(3 * 0.00625 + (128 + 129 + 130) / 256_000)
+    assert result.busy_s_by_clock[LOW] == pytest.approx(0.064)
+
+
+def test_a_truth_without_a_table():
+    """Controllers then believe the truth; what needs energy has none."""
+    profile = Profile(np.array([1, 64, 1024]), np.array([0.3, 0.4, 2.0]), np.array([0.03, 0.03, 0.2]))
+    truth = SimModels(ProfiledLatency("prefill", profile), ProfiledLatency("decode", profile), POWER, noise_sigma=0.0)
+    rows = [(0.1 * i, 100, 20) for i in range(20)]
+    eco = simulate(rows, controller=control("ecofreq", decode_slo_ms=30), truth=truth)
+    assert set(eco.busy_s_by_clock) == {LOW}
+    assert eco.first_token_s[0] == pytest.approx(truth.prefill.predict(LOW, 1, 100) / 1000)
+    with pytest.raises(ValueError, match="expected an energy table"):
+        simulate(rows, controller=control("least_energy"), truth=truth)
+
+
+def test_arrivals_reach_controllers_that_count_them():
+    """More than 40 requests in a second: the highest clock, and the lowest again when they are over."""
+    rows = [(0.02 * i, 16, 2) for i in range(60)] + [(4.0 + 0.1 * i, 16, 2) for i in range(5)]
+    busy = {}
+    for limit in (None, 40.0):
+        result = simulate(rows, controller=control("ecofreq", rps_threshold=limit), record=True)
+        busy[limit] = [moment.clock_mhz for moment in result.moments if moment.worker == "prefill0"]
+    assert set(busy[None]) == {LOW}
+    assert busy[40.0].count(HIGH) > 10
+    assert busy[40.0][-1] == LOW
+
+
 def test_ecofreq_raises_the_clock_and_lets_it_fall():
     """A batch whose low-clock latency is over the objective; after five idle seconds the clock is low again."""
     rows = [(0.0, 16, 60)] * 12 + [(8.0, 16, 4)]
@@ -228,6 +261,8 @@ def test_policies_see_the_same_arrivals_and_noise_is_of_the_seed():
         for seed in (0, 1)
     }
     np.testing.assert_array_equal(runs["rr", 0].first_token_s, runs["ln", 0].first_token_s)
+    own = Simulator(cluster, trace, Router("rr"), control(), truth, 0)
+    assert own.run().energy_j == own.run().energy_j == runs["rr", 0].energy_j
     assert not np.array_equal(runs["rr", 0].first_token_s, runs["rr", 1].first_token_s)
     assert runs["rr", 0].energy_j != runs["ln", 0].energy_j
 

@@ -164,5 +164,3 @@ def test_tables_are_fitted_and_err(profile):
     np.testing.assert_allclose(
         models.prefill_table.predict(1410, 1, tokens), models.prefill.predict(1410, tokens // 250, tokens), rtol=0.05
     )
-    with pytest.raises(ValueError, match="decode_table: expected a table"):
-        SimModels(models.prefill, models.decode, models.power).table("decode")

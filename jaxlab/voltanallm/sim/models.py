@@ -1,11 +1,11 @@
 """What a simulation takes for true of its GPUs, and what controllers and routers believe of them."""
 
+import copy
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from jaxlab.voltanallm.config import A100_CLOCKS, ControllerConfig, Phase
 from jaxlab.voltanallm.controller import ClockController
@@ -31,25 +31,18 @@ assume that all four GPUs are always busy; those that prefill are idle for more 
 """
 
 
-class Latency(Protocol):
-    """Milliseconds of an iteration; a table, or a truth that no table knows."""
-
-    def predict(self, freq: ArrayLike, batch: ArrayLike, tokens: ArrayLike) -> Any:
-        """Milliseconds at a clock in MHz, broadcast."""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimModels:
     """The GPUs of a simulation.
 
     Attributes:
-      prefill: true time of a batch of prompts, before the noise.
-      decode: true time of a decode iteration.
+      prefill: true time of a batch of prompts, before the noise: a table, or whatever has a table's `predict`.
+      decode: true time of a decode iteration, likewise.
       power: true power.
       energy: joules of a decode iteration as the router believes them, for the policies that look at energy; None: what
         follows from `decode_table` and `power`.
       noise_sigma: of the lognormal factor on every iteration.
-      prefill_table: what controllers believe of prefills; None: the truth without its noise, if that is a table.
+      prefill_table: what controllers believe of prefills; None: the truth without its noise.
       decode_table: what controllers and router believe of decode iterations; None: the same.
       synthetic: whether the truth is made up, because the measured profile was not there.
 
@@ -63,15 +56,15 @@ class SimModels:
     energy: EnergyTable | None = None
     noise_sigma: float = 0.03
     _: dataclasses.KW_ONLY
-    prefill_table: LatencyTable | None = None
-    decode_table: LatencyTable | None = None
+    prefill_table: Any = None
+    decode_table: Any = None
     synthetic: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_sigma < float("inf"):
             raise ValueError(f"noise_sigma: expected a number >= 0, got {self.noise_sigma}")
         for phase in ("prefill", "decode"):
-            if getattr(self, f"{phase}_table") is None and isinstance(getattr(self, phase), LatencyTable):
+            if getattr(self, f"{phase}_table") is None:
                 object.__setattr__(self, f"{phase}_table", getattr(self, phase))
 
     @classmethod
@@ -94,45 +87,35 @@ class SimModels:
             raise ValueError(f"name: expected llama-3.1-8b-a100, got {name!r}")
         return _llama(cls, tuple(freqs), seed)
 
-    def table(self, phase: Phase) -> LatencyTable:
-        """What controllers believe of a phase.
-
-        Raises:
-          ValueError: they have no table.
-        """
-        table = self.decode_table if phase == "decode" else self.prefill_table
-        if table is None:
-            raise ValueError(f"{phase}_table: expected a table for the controllers, as the truth is none, got None")
-        return table
-
     def controller(self, config: ControllerConfig, phase: Phase) -> ClockController:
         """A worker's controller, that believes the tables.
 
         Raises:
-          ValueError: a clock or a table that it cannot do with.
+          ValueError: a clock that its table does not reach, or no energy where it needs one.
         """
-        table = self.table(phase)
-        return make_controller(config, phase, table, energy=self.power.energy_table(table), idle_w=self.power.idle_w)
+        table = self.decode_table if phase == "decode" else self.prefill_table
+        return make_controller(config, phase, table, energy=self._energy(table), idle_w=float(self.power.idle_w))
 
     def router(self, policy: str | Router, controller: ControllerConfig, seed: int) -> Router:
-        """A router that believes what the controllers do; a router stays as it is.
+        """A router that believes what the controllers do; of a router, a copy as it stands.
 
         Raises:
-          ValueError: an unknown policy.
+          ValueError: an unknown policy, or no energy where it needs one.
         """
         if isinstance(policy, Router):
-            return policy
-        energy = self.energy
-        if energy is None and self.decode_table is not None:
-            energy = self.power.energy_table(self.decode_table)
+            return copy.deepcopy(policy)
         return Router(
             policy,
             table=self.decode_table,
-            energy_table=energy,
+            energy_table=self._energy(self.decode_table) if self.energy is None else self.energy,
             slo_ms=controller.decode_slo_ms,
             margin=controller.margin,
             seed=seed,
         )
+
+    def _energy(self, table: Any) -> EnergyTable | None:
+        """Joules of an iteration of a busy GPU, where they are planes as times are."""
+        return self.power.energy_table(table) if isinstance(table, LatencyTable) else None
 
 
 @functools.lru_cache(maxsize=8)

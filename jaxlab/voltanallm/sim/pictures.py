@@ -48,23 +48,16 @@ def attainments(panels: Mapping[str, Mapping[str, Curve]]) -> Any:
     return drawn
 
 
-def frontier(points: Mapping[str, tuple[float, float]]) -> Any:
-    """Controllers by attainment and saving, both in per cent; those that no other one beats in both are joined."""
-    drawn, axes = figure(8.8, 4.8)
-    best = -np.inf
-    edge = []
-    for name, (_, saved) in sorted(points.items(), key=lambda each: (-each[1][0], -each[1][1])):
-        if saved > best:
-            best = saved
-            edge.append(name)
-    axes.plot(*zip(*(points[name] for name in edge)), color=BLUE, linewidth=1.2, alpha=0.5, zorder=1)
-    order = sorted(points, key=lambda name: -points[name][1])
-    for number, name in enumerate(order, 1):
-        kept, saved = points[name]
-        colour = BLUE if name in edge else GREY
-        axes.scatter(kept, saved, s=190, color=colour, zorder=3, edgecolor="white", linewidth=0.8)
-        axes.annotate(str(number), (kept, saved), color="white", fontsize=7.5, ha="center", va="center", zorder=4)
-        axes.scatter([], [], color=colour, s=30, label=f"{number}  {name}")
+def frontier(curves: Mapping[str, Sequence[tuple[float, float]]], points: Mapping[str, tuple[float, float]]) -> Any:
+    """Saving against attainment, both in per cent: families of settings as lines, others as numbered dots."""
+    drawn, axes = figure(9.2, 5.0)
+    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        axes.plot(*zip(*curve), color=colour, linewidth=1.8, marker="o", markersize=4, label=name, zorder=3)
+    others = sorted((place, name) for name, place in points.items() if name not in curves)
+    for number, ((kept, saved), name) in enumerate(reversed(others), 1):
+        axes.scatter(kept, saved, s=150, color=GREY, edgecolor="white", linewidth=0.8, zorder=2)
+        axes.annotate(str(number), (kept, saved), color="white", fontsize=7, ha="center", va="center", zorder=2)
+        axes.scatter([], [], color=GREY, s=24, label=f"{number}  {name}")
     axes.set_xlabel("tokens within the objective, %")
     axes.set_ylabel("energy saved, %")
     _legend(axes, fontsize=7.5)
