@@ -82,7 +82,7 @@ class Submission:
             if index in self.given_up:
                 continue
             if output.finish_reason == "abort":
-                raise Unavailable("the engine lost this request; it can be sent again")
+                raise Unavailable(f"the engine lost this request: {getattr(output, 'error', None) or 'it was aborted'}")
             yield index, when, output
             if output.finish_reason is not None or index in self.given_up:
                 left.discard(index)
@@ -205,6 +205,10 @@ class EngineLoop:
         """Takes no more requests; those under way go on."""
         self._refusing = why
 
+    def fail_all(self) -> None:
+        """Fails what is under way."""
+        self._order(self._fail_all)
+
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the thread; requests still under way fail and leave the engine, which stays usable."""
         self.refuse()
@@ -287,12 +291,15 @@ class EngineLoop:
         for submission, each in found.items():
             submission.post(each, now)
 
-    def _end(self) -> None:
-        """Fails whatever is under way or still comes in, once each."""
+    def _fail_all(self) -> None:
         error = Unavailable(self.unavailable or "the engine is closed")
         for submission in {submission for submission, _ in self._rows.values()}:
             submission.post([(0, error)], time.monotonic())
             self.abort(submission)
+
+    def _end(self) -> None:
+        """Fails whatever is under way or still comes in, once each."""
+        self._fail_all()
         self._follow_orders(0.0)
         self._ended = True
         self._follow_orders(0.0)
