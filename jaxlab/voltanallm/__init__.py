@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     )
     from jaxlab.voltanallm.fitting import fit_decode, fit_prefill
     from jaxlab.voltanallm.gpu import GPUBackend, GPUUnavailableError, SimulatedGPU
+    from jaxlab.voltanallm.limits import Limits
     from jaxlab.voltanallm.nvml import NVMLBackend
     from jaxlab.voltanallm.planning import LeastEnergy, ModelPredictive
     from jaxlab.voltanallm.power import PowerModel, sweet_spot, wasteful_clocks
     from jaxlab.voltanallm.predictor import EnergyTable, LatencyTable
     from jaxlab.voltanallm.router import RequestInfo, Router, WorkerState
+    from jaxlab.voltanallm.server import create_app
+    from jaxlab.voltanallm.serving import serve, served
     from jaxlab.voltanallm.sim import ClusterConfig, SimModels, SimResult, Simulator, Trace
     from jaxlab.voltanallm.zeus import ZeusBackend
 
@@ -49,6 +52,7 @@ __all__ = [
     "GreenLLM",
     "LatencyTable",
     "LeastEnergy",
+    "Limits",
     "ModelPredictive",
     "NVMLBackend",
     "PowerModel",
@@ -64,9 +68,12 @@ __all__ = [
     "WorkerState",
     "ZeusBackend",
     "best_static_clock",
+    "create_app",
     "fit_decode",
     "fit_prefill",
     "make_controller",
+    "serve",
+    "served",
     "sweet_spot",
     "wasteful_clocks",
 ]
@@ -87,12 +94,15 @@ __getattr__, __dir__ = lazy.attach(
         ),
         "fitting": ("fit_decode", "fit_prefill"),
         "gpu": ("GPUBackend", "GPUUnavailableError", "SimulatedGPU"),
+        "limits": ("Limits",),
         "nvml": ("NVMLBackend",),
         "planning": ("LeastEnergy", "ModelPredictive"),
         "power": ("PowerModel", "sweet_spot", "wasteful_clocks"),
         "predictor": ("EnergyTable", "LatencyTable"),
         "router": ("RequestInfo", "Router", "WorkerState"),
         "sim": ("ClusterConfig", "SimModels", "SimResult", "Simulator", "Trace"),
+        "server": ("create_app",),
+        "serving": ("serve", "served"),
         "zeus": ("ZeusBackend",),
     },
 )

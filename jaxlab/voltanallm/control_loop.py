@@ -127,8 +127,10 @@ class ControlLoop:
         """Raises the ValueError of a command that this worker cannot follow."""
         if self._gpu is None:
             raise ValueError(f"worker: expected one with a GPU, got {self.view.id}")
-        if mode in ("auto", "slo") and self._controller is None:
-            raise ValueError(f"mode: expected set or unset, as worker {self.view.id} has no controller, got {mode!r}")
+        if mode == "auto" and self._controller is None:
+            raise ValueError(f"mode: expected set or unset, as worker {self.view.id} has no controller, got auto")
+        if mode == "slo" and self.view.slo_ms is None:
+            raise ValueError(f"mode: expected auto, set or unset, as worker {self.view.id} has no objective, got slo")
         supported = sorted(self._gpu.supported_clocks())
         if mode == "set" and freq_mhz not in supported:
             nearest = sorted(supported, key=lambda clock: abs(clock - (freq_mhz or 0)))[:2]

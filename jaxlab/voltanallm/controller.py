@@ -132,7 +132,41 @@ class ClockController:
         raise NotImplementedError
 
 
-class PredictingController(ClockController):
+class Objective:
+    """An objective that may be changed while a controller is in use; the margin stays.
+
+    Args:
+      slo_ms: time to first token of prefill, inter-token latency of decode.
+      margin: the objective is stretched by this part of itself.
+
+    Attributes:
+      margin: see above.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+
+    def __init__(self, slo_ms: float, margin: float):
+        self.margin = margin
+        self.slo_ms = slo_ms
+
+    @property
+    def slo_ms(self) -> float:
+        """The objective."""
+        return self._slo_ms
+
+    @slo_ms.setter
+    def slo_ms(self, slo_ms: float) -> None:
+        check_objective(slo_ms, self.margin)
+        self._slo_ms = slo_ms
+
+    @property
+    def target_ms(self) -> float:
+        """The stretched objective."""
+        return self.slo_ms * (1 + self.margin)
+
+
+class PredictingController(Objective, ClockController):
     """A controller that compares predicted latencies with its objective.
 
     Args:
@@ -141,9 +175,6 @@ class PredictingController(ClockController):
       slo_ms: objective: time to first token of prefill, inter-token latency of decode.
       margin: the objective is stretched by this part of itself (demo).
       idle_s: without metrics for longer than this, the lowest clock is named.
-
-    Attributes:
-      target_ms: the stretched objective.
 
     Raises:
       ValueError: fewer than two clocks, one twice or outside the table, or a number out of range.
@@ -158,13 +189,12 @@ class PredictingController(ClockController):
         margin: float = 0.35,
         idle_s: float = 5.0,
     ):
-        super().__init__(freqs, idle_s=idle_s)
+        ClockController.__init__(self, freqs, idle_s=idle_s)
         for freq, nearest in ((self.freqs[0], table.freqs[0]), (self.freqs[-1], table.freqs[-1])):
             if not table.freqs[0] <= freq <= table.freqs[-1]:
                 raise ValueError(f"freqs: expected clocks within the table, the nearest is {nearest} MHz, got {freq}")
-        check_objective(slo_ms, margin)
+        Objective.__init__(self, slo_ms, margin)
         self.table = table
-        self.target_ms = slo_ms * (1 + margin)
 
     @property
     def phase(self) -> Phase:

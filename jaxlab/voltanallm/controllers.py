@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxlab.voltanallm.config import ControllerConfig, Phase, check_clock, check_objective
+from jaxlab.voltanallm.config import ControllerConfig, Phase, check_clock
 from jaxlab.voltanallm.controller import (
     Arrivals,
     ClockController,
     EcoFreq,
     Metrics,
+    Objective,
     PredictingController,
     batch_and_tokens,
 )
@@ -114,7 +115,7 @@ def best_static_clock(
     return max(tried, key=lambda each: each[2])
 
 
-class AIMD(ClockController):
+class AIMD(Objective, ClockController):
     """Feedback from measured latency, without a model: additive steps down, and back by half after every miss.
 
     After TCP's congestion control, applied to the clock (the comparison is the specification's, the numbers are ours):
@@ -148,13 +149,12 @@ class AIMD(ClockController):
         headroom: float = 0.9,
         idle_s: float = 5.0,
     ):
-        super().__init__(freqs, idle_s=idle_s)
-        check_objective(slo_ms, margin)
+        ClockController.__init__(self, freqs, idle_s=idle_s)
+        Objective.__init__(self, slo_ms, margin)
         for name, value in (("step", step), ("factor", factor), ("headroom", headroom)):
             if not 0 < value < 1:
                 raise ValueError(f"{name}: expected a value in (0, 1), got {value}")
         self.phase: Phase = phase
-        self.target_ms = slo_ms * (1 + margin)
         self._range = self.freqs[-1] - self.freqs[0]
         self._step, self._factor, self._headroom = step * self._range, factor, headroom
         self._saving = float(self._range)
