@@ -25,13 +25,21 @@ class GrowingText:
       stop: strings that end the row.
       stop_ids: ids that end the row; with a tokenizer they are no text.
       eager: give text as soon as it is certain; otherwise with the last token only.
+      continues: there is text before it.
     """
 
     def __init__(
-        self, tokenizer: Any = None, stop: Sequence[str] = (), stop_ids: Sequence[int] = (), *, eager: bool = True
+        self,
+        tokenizer: Any = None,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        *,
+        eager: bool = True,
+        continues: bool = False,
     ):
         self._reader = None if tokenizer is None else RowText(tokenizer, stop, stop_ids)
         self._stops, self._eager = bool(stop), eager or bool(stop)
+        self._continues = continues
         self._ids: list[int] = []
         self._first = 0  # where the window starts: what lies before has been given and is held in no stop string
         self._given = 0  # characters of the window's text that have been given
@@ -47,7 +55,7 @@ class GrowingText:
         self._ids += new
         if self._reader is None:
             given = " ".join(map(str, new))
-            return (" " if before and new else "") + given, len(new)
+            return (" " if new and (before or self._continues) else "") + given, len(new)
         window = np.asarray(self._ids[self._first :], np.int32)
         if self._stops:
             count = self._reader.completed(window, before - self._first)

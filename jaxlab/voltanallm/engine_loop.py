@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxlab.inference.params import SamplingParams
 
@@ -30,6 +30,7 @@ class Overloaded(RuntimeError):
     """There are as many requests under way as are let in."""
 
 
+@runtime_checkable
 class Controls(Protocol):
     """What acts on the hardware while an engine works; everything is called on the engine's thread."""
 
@@ -236,8 +237,8 @@ class EngineLoop:
             self._look()
             self.ready.set()
             while not self._closing:
-                self._follow_orders(0.0 if self._engine.has_work else _IDLE_S)
-                if self._engine.has_work:
+                self._follow_orders(0.0 if self._rows else _IDLE_S)
+                if self._rows:  # rather than `has_work`: somebody may use the engine while no request is here
                     self._iterate()
                 elif self._controls is not None:
                     self._controls.idle()

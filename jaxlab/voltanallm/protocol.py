@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -74,7 +74,7 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     @classmethod
-    def bad_value(cls, error: Exception) -> Self:
+    def bad_value(cls, error: Exception) -> "ApiError":
         """400 for a complaint of the library, whose messages start with the argument's name."""
         named = re.match(r"(\w+)[^:]{0,40}: ", str(error))
         return cls(400, str(error), param=named and {"prompts": "prompt"}.get(named[1], named[1]))
@@ -98,8 +98,8 @@ class _Generation(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: (
-        Annotated[str, Field(max_length=1024)]
-        | Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=16, fail_fast=True)]
+        Annotated[str, Field(min_length=1, max_length=1024)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=16, fail_fast=True)]
         | None
     ) = None
     stop_token_ids: (

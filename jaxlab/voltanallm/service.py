@@ -99,13 +99,13 @@ class Service:
             prompt_tokens=sum(map(len, prompts)),
         )
         stop_ids = (*(request.stop_token_ids or ()), *self._eos)
-        choices = [
-            Choice(index, GrowingText(self._tokenizer, request.stop_strings, stop_ids, eager=bool(request.stream)))
-            for index in range(len(wanted))
-        ]
-        if isinstance(request, CompletionRequest) and request.echo:
-            for choice, (ids, _) in zip(choices, wanted):
-                choice.pieces.append(self._text(ids))
+        echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        choices = []
+        for index, (ids, _) in enumerate(wanted):
+            text = GrowingText(
+                self._tokenizer, request.stop_strings, stop_ids, eager=bool(request.stream), continues=echo
+            )
+            choices.append(Choice(index, text, [self._text(ids)] if echo else []))
         self._telemetry.prompt_tokens(sum(len(ids) for ids, _ in wanted))
         return Job(submission, choices, answer, arrived)
 

@@ -203,8 +203,8 @@ WRONG_CHATS = [
 def test_bad_requests_are_told_what_is_wrong(client, engine, free_pages):
     for fields, status, param in WRONG:
         got = ask(client, **fields)
-        error = got.json()["error"]
-        assert (got.status_code, error["param"]) == (status, param), (fields, got.text)
+        error = got.json().get("error", {})
+        assert (got.status_code, error.get("param")) == (status, param), (fields, got.text)
         assert error["message"]
         assert error["type"]
     for fields, param in WRONG_CHATS:
@@ -244,7 +244,7 @@ def test_api_key(engine):
             got = client.get(path)
             assert (got.status_code, got.json()["error"]["code"]) == (401, "invalid_api_key")
         assert client.get("/").headers["www-authenticate"].startswith("Basic")
-        for value in ("Bearer wrong", "Bearer ", "Basic !", "s"):
+        for value in ("Bearer wrong", "Bearer", "Basic !", "s"):
             assert client.get("/v1/models", headers={"Authorization": value}).status_code == 401
         bearer = {"Authorization": "Bearer sësame".encode()}
         assert client.get("/v1/models", headers=bearer).status_code == 200
@@ -253,7 +253,7 @@ def test_api_key(engine):
 
 def test_a_client_that_leaves_frees_its_pages(server, client, engine, free_pages):
     loop = server[0].state.engine_loop
-    body = {"model": MODEL, "prompt": [1, 2], "max_tokens": 120, "temperature": 0, "n": 4}
+    body = {"model": MODEL, "prompt": [7], "max_tokens": 120, "temperature": 0, "n": 4}
     with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         next(answer.iter_lines())
         assert loop.under_way == 4
