@@ -23,6 +23,10 @@ function scaled(value, unit) {
   return [figure(value), unit];
 }
 
+function duration(ms) {
+  return ms !== null && ms >= 10000 ? [figure(ms / 1000), "s"] : [figure(ms), "ms"];
+}
+
 function number(value, unit, name) {
   return element("div", {}, element("b", {}, value, element("small", {}, unit)), element("span", {}, name));
 }
@@ -115,19 +119,36 @@ function roundUp(value) {
 
 function showLatency(key, name, now, objective) {
   const { head, figures, chart, left, right } = card(key, "latencies", ["objective", "lower", "upper"],
-    [["upper", "95th percentile"], ["lower", "median"], ["objective", "objective"]]);
+    [["upper", "95th percentile"], ["lower", "median"], ...(objective === null ? [] : [["objective", "objective"]])]);
   const within = now.within === null ? null : element("span", { class: `badge ${now.within >= 0.95 ? "good" : "bad"}` },
     `${(100 * now.within).toFixed(1)} % within ${figure(objective)} ms`);
   head.replaceChildren(element("h3", {}, name), within ?? element("span", { class: "badge" }, "no objective"));
-  figures.replaceChildren(...[50, 95, 99].map(share => number(figure(now[`p${share}_ms`]), "ms", `p${share}`)));
+  figures.replaceChildren(...[50, 95, 99].map(share => number(...duration(now[`p${share}_ms`]), `p${share}`)));
   const highest = Math.max(objective ?? 0, ...page.samples.map(sample => sample[key].p95_ms ?? 0), 1e-3);
   const top = roundUp(1.15 * highest);
   chart.draw([
     { name: "upper", label: "p95", unit: "ms", top, of: sample => sample[key].p95_ms },
     { name: "lower", label: "p50", unit: "ms", top, of: sample => sample[key].p50_ms }]);
   chart.objective(objective, top);
-  left.textContent = `0 to ${figure(top)} ms`;
+  left.textContent = `0 to ${duration(top).join(" ")}`;
   right.textContent = `${figure(now.count)} in the last minute`;
+}
+
+function showPower(power, perToken, energy) {
+  const { head, figures, chart, left, right } = card("power", "latencies", ["fill", "batch", "power"],
+    [["power", "power of all GPUs"], ["batch", "joules a token"]]);
+  head.replaceChildren(element("h3", {}, "Power and energy"),
+    element("span", { class: "badge" }, page.last.simulated ? "modelled" : "measured"));
+  figures.replaceChildren(number(...scaled(power, "W"), "power"), number(figure(perToken), "J", "a token"),
+    number(...scaled(energy, "J"), "energy"));
+  const watts = sample => sample.workers.reduce((sum, worker) => sum + (worker[2] ?? 0), 0);
+  const most = roundUp(1.15 * Math.max(1, ...page.samples.map(watts)));
+  const joules = roundUp(1.15 * Math.max(1e-6, ...page.samples.map(sample => sample.joules_per_token ?? 0)));
+  chart.draw([
+    { name: "power", label: "power", unit: "W", top: most, of: watts },
+    { name: "batch", label: "a token", unit: "J", top: joules, fill: true, of: sample => sample.joules_per_token }]);
+  left.textContent = `0 to ${scaled(most, "W").join(" ")}`;
+  right.textContent = `0 to ${figure(joules)} J a token`;
 }
 
 function showWorker(worker, index) {
@@ -172,14 +193,16 @@ function show(data) {
   const power = metered.length ? metered.reduce((sum, worker) => sum + worker.power_w, 0) : null;
   document.getElementById("tiles").replaceChildren(
     number(figure(latest.tokens_per_s ?? null), "", "tokens/s"),
-    number(figure(data.under_way), "", "requests under way"),
+    number(figure(data.under_way), "", "under way"),
     number(figure(latest.waiting ?? 0), "", "waiting for pages"),
     number(figure(data.free_pages), "", "free pages"),
+    number(...scaled(data.finished, ""), "answered"),
     number(...scaled(data.generated, ""), "tokens generated"),
     ...(power === null ? [] : [number(...scaled(power, "W"), "power"),
-      number(figure(latest.joules_per_token ?? null), "J", "per token"), number(...scaled(data.energy_j, "J"), "energy")]));
+      number(figure(latest.joules_per_token ?? null), "J", "a token")]));
   showLatency("ttft", "Time to first token", data.ttft, data.objectives.ttft_ms);
   showLatency("itl", "Inter-token latency", data.itl, data.objectives.itl_ms);
+  if (power !== null) showPower(power, latest.joules_per_token ?? null, data.energy_j);
   data.workers.forEach(showWorker);
 }
 

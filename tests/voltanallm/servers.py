@@ -57,8 +57,8 @@ def until(condition, seconds=10.0):
 
 
 def ask(client, prompt=(1, 2, 3), path="/v1/completions", **fields):
-    """A completion of ids."""
-    return client.post(path, json={"model": MODEL, "prompt": list(prompt), "max_tokens": 4, "temperature": 0, **fields})
+    """A completion of ids, short and greedy unless told otherwise."""
+    return client.post(path, json={"model": MODEL, "prompt": prompt, "max_tokens": 4, "temperature": 0, **fields})
 
 
 def events(answer):

@@ -116,7 +116,7 @@ def test_stop_strings(server, engine, client, tokenizer, free_pages):
         assert "".join(choice["text"] for choice in choices) == text[: text.index(stop)]
         assert choices[-1]["finish_reason"] == "stop"
     token = own.token_ids[3]
-    got = ask(client, b"Once", max_tokens=40, stop_token_ids=[token]).json()
+    got = ask(client, list(b"Once"), max_tokens=40, stop_token_ids=[token]).json()
     assert got["usage"]["completion_tokens"] == own.token_ids.index(token) + 1
     assert got["choices"][0]["finish_reason"] == "stop"
 
