@@ -98,6 +98,12 @@ function legend(...entries) {
     element("span", {}, element("i", { class: name }), text)));
 }
 
+// The top of a chart: a round number above all but the rarest values, so that one outlier does not flatten the rest.
+function ceiling(values, least) {
+  const known = values.filter(value => value !== null).sort((a, b) => a - b);
+  return roundUp(1.2 * Math.max(least, known[Math.floor(0.97 * known.length)] ?? 0));
+}
+
 // A card that stays while its figures change.
 function card(key, home, classes, entries) {
   if (!page.cards.has(key)) {
@@ -121,11 +127,10 @@ function showLatency(key, name, now, objective) {
   const { head, figures, chart, left, right } = card(key, "latencies", ["objective", "lower", "upper"],
     [["upper", "95th percentile"], ["lower", "median"], ...(objective === null ? [] : [["objective", "objective"]])]);
   const within = now.within === null ? null : element("span", { class: `badge ${now.within >= 0.95 ? "good" : "bad"}` },
-    `${(100 * now.within).toFixed(1)} % within ${figure(objective)} ms`);
+    `${(100 * now.within).toFixed(1)} % ≤ ${duration(objective).join(" ")}`);
   head.replaceChildren(element("h3", {}, name), within ?? element("span", { class: "badge" }, "no objective"));
   figures.replaceChildren(...[50, 95, 99].map(share => number(...duration(now[`p${share}_ms`]), `p${share}`)));
-  const highest = Math.max(objective ?? 0, ...page.samples.map(sample => sample[key].p95_ms ?? 0), 1e-3);
-  const top = roundUp(1.15 * highest);
+  const top = ceiling(page.samples.map(sample => sample[key].p95_ms), objective ?? 1e-3);
   chart.draw([
     { name: "upper", label: "p95", unit: "ms", top, of: sample => sample[key].p95_ms },
     { name: "lower", label: "p50", unit: "ms", top, of: sample => sample[key].p50_ms }]);
@@ -142,8 +147,8 @@ function showPower(power, perToken, energy) {
   figures.replaceChildren(number(...scaled(power, "W"), "power"), number(figure(perToken), "J", "a token"),
     number(...scaled(energy, "J"), "energy"));
   const watts = sample => sample.workers.reduce((sum, worker) => sum + (worker[2] ?? 0), 0);
-  const most = roundUp(1.15 * Math.max(1, ...page.samples.map(watts)));
-  const joules = roundUp(1.15 * Math.max(1e-6, ...page.samples.map(sample => sample.joules_per_token ?? 0)));
+  const most = ceiling(page.samples.map(watts), 1);
+  const joules = ceiling(page.samples.map(sample => sample.joules_per_token), 1e-6);
   chart.draw([
     { name: "power", label: "power", unit: "W", top: most, of: watts },
     { name: "batch", label: "a token", unit: "J", top: joules, fill: true, of: sample => sample.joules_per_token }]);
@@ -169,7 +174,7 @@ function showWorker(worker, index) {
   const clocks = [...worker.freqs_mhz, ...page.samples.map(sample => sample.workers[index]?.[0] ?? null)].filter(Boolean);
   const [low, high] = clocks.length ? [Math.min(...clocks), Math.max(...clocks)] : [0, 1];
   const pad = Math.max(0.12 * (high - low), 25);
-  const most = roundUp(Math.max(4, ...page.samples.map(sample => sample.workers[index]?.[1] ?? 0)) * 1.1);
+  const most = ceiling(page.samples.map(sample => sample.workers[index]?.[1] ?? 0), 4);
   chart.draw([
     { name: "clock", label: "clock", unit: "MHz", step: true, bottom: low - pad, top: high + pad,
       of: sample => sample.workers[index]?.[0] ?? null },
@@ -194,10 +199,10 @@ function show(data) {
   document.getElementById("tiles").replaceChildren(
     number(figure(latest.tokens_per_s ?? null), "", "tokens/s"),
     number(figure(data.under_way), "", "under way"),
-    number(figure(latest.waiting ?? 0), "", "waiting for pages"),
+    number(figure(latest.waiting ?? 0), "", "waiting"),
     number(figure(data.free_pages), "", "free pages"),
     number(...scaled(data.finished, ""), "answered"),
-    number(...scaled(data.generated, ""), "tokens generated"),
+    number(...scaled(data.generated, ""), "tokens"),
     ...(power === null ? [] : [number(...scaled(power, "W"), "power"),
       number(figure(latest.joules_per_token ?? null), "J", "a token")]));
   showLatency("ttft", "Time to first token", data.ttft, data.objectives.ttft_ms);

@@ -3,6 +3,7 @@
 The page is one HTML file with everything in it, which asks for what is new once a second.
 """
 
+import asyncio
 import collections
 import dataclasses
 import time
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlab.voltanallm.control_loop import WorkerView
+
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+"""Content-Security-Policy of the page: it loads nothing, and asks nobody but its own server."""
 
 _PART = Path(__file__).with_name("_dashboard.html")
 _SAMPLES = 360
@@ -43,8 +47,6 @@ class Board:
 
     async def keep(self) -> None:
         """Takes samples until it is cancelled."""
-        import asyncio
-
         while True:
             self.sample()
             await asyncio.sleep(_EVERY_S)

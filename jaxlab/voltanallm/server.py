@@ -84,7 +84,7 @@ def create_app(
         await asyncio.to_thread(loop.close)
 
     app = fastapi.FastAPI(title=f"jaxlab: {model_name}", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.engine_loop, app.state.limits = loop, limits
+    app.state.engine_loop, app.state.limits, app.state.telemetry = loop, limits, telemetry
     _answer_errors(app, telemetry)
     _add_openai(app, service)
     _add_operations(app, service, controls, telemetry, board)
@@ -101,6 +101,7 @@ def _room(engine: Any) -> int:
 
 def _answer_errors(app: Any, telemetry: Any) -> None:
     """Makes every error OpenAI's error object."""
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
 
@@ -117,11 +118,16 @@ def _answer_errors(app: Any, telemetry: Any) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return answer(ApiError(error.status_code, message, headers=error.headers))
 
+    async def of_query(_: Any, error: Any) -> Any:
+        first = error.errors()[0]
+        return answer(ApiError(400, f"{first['loc'][-1]}: {first['msg']}", param=str(first["loc"][-1])))
+
     async def unforeseen(_: Any, error: Any) -> Any:
         return answer(ApiError(500, f"the server failed ({type(error).__name__})", code="internal_error"))
 
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(RequestValidationError, of_query)
     app.add_exception_handler(Exception, unforeseen)
 
 
@@ -190,7 +196,7 @@ def _add_operations(app: Any, service: Any, controls: Any, telemetry: Any, board
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Any:
-        return dashboard.page(service.model_name)
+        return HTMLResponse(dashboard.page(service.model_name), headers={"Content-Security-Policy": dashboard.POLICY})
 
     @app.get("/dashboard/data")
     async def data(since: float = 0.0) -> Any:
