@@ -61,7 +61,7 @@ class Submission:
         self.ids: list[Any] = [None] * count  # the engine's
         self.open = [True] * count  # in the engine; guarded by the loop's lock
         self.given_up: set[int] = set()  # by who reads `outputs`
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[tuple[int, float, Any]] = asyncio.Queue()
 
     async def outputs(self, deadline_s: float) -> AsyncIterator[tuple[int, float, Any]]:
@@ -88,15 +88,9 @@ class Submission:
             if output.finish_reason is not None or index in self.given_up:
                 left.discard(index)
 
-    def post(self, outputs: Sequence[tuple[int, Any]], when: float) -> None:
-        """Hands outputs over, from any thread."""
-
-        def put() -> None:
-            for index, output in outputs:
-                self._outputs.put_nowait((index, when, output))
-
-        with contextlib.suppress(RuntimeError):  # the event loop has been closed: nobody waits
-            self._loop.call_soon_threadsafe(put)
+    def put(self, index: int, when: float, output: Any) -> None:
+        """Takes an output or an exception; in the event loop."""
+        self._outputs.put_nowait((index, when, output))
 
 
 class EngineLoop:
@@ -278,7 +272,7 @@ class EngineLoop:
 
     def _hand_out(self, outputs: Sequence[Any]) -> None:
         now = time.monotonic()
-        found: dict[Submission, list[tuple[int, Any]]] = {}
+        found: list[tuple[Submission, int, Any]] = []
         for output in outputs:
             if output.request_id not in self._rows:
                 continue
@@ -288,14 +282,14 @@ class EngineLoop:
                 with self._lock:
                     self._under_way -= submission.open[index]
                     submission.open[index] = False
-            found.setdefault(submission, []).append((index, output))
-        for submission, each in found.items():
-            submission.post(each, now)
+            found.append((submission, index, output))
+        _post(found, now)
 
     def _fail_all(self) -> None:
         error = Unavailable(self.unavailable or "the engine is closed")
-        for submission in {submission for submission, _ in self._rows.values()}:
-            submission.post([(0, error)], time.monotonic())
+        submissions = {submission for submission, _ in self._rows.values()}
+        _post([(submission, 0, error) for submission in submissions], time.monotonic())
+        for submission in submissions:
             self.abort(submission)
 
     def _end(self) -> None:
@@ -307,3 +301,16 @@ class EngineLoop:
         self.ready.set()
         if self._controls is not None:
             self._controls.close()
+
+
+def _post(outputs: Sequence[tuple[Submission, int, Any]], when: float) -> None:
+    """Hands outputs over from another thread, waking each event loop once."""
+
+    def put(loop: asyncio.AbstractEventLoop) -> None:
+        for submission, index, output in outputs:
+            if submission.loop is loop:
+                submission.put(index, when, output)
+
+    for loop in {submission.loop for submission, _, _ in outputs}:
+        with contextlib.suppress(RuntimeError):  # it has been closed: nobody waits
+            loop.call_soon_threadsafe(put, loop)

@@ -15,7 +15,7 @@ from tests.inference.multiprocess_cases import CONFIG
 
 MODEL = "toy"
 SIZES = EngineConfig(
-    64, page_size=8, max_running=8, prefill_chunk=64, batch_buckets=(8,), kv_dtype="float32", prefix_cache=False
+    64, page_size=8, max_running=8, prefill_chunk=16, batch_buckets=(8,), kv_dtype="float32", prefix_cache=False
 )
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"

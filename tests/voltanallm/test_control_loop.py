@@ -4,12 +4,14 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'serving' is not installed")
 
-from jaxlab.inference import IterationMetrics
+import httpx
+
+from jaxlab.inference import DisaggregatedEngine, IterationMetrics, SamplingParams
 from jaxlab.voltanallm import EcoFreq, LatencyTable, SimulatedGPU, StaticClock
 from jaxlab.voltanallm.control_loop import ControlLoop, slowdown
 from jaxlab.voltanallm.predictor import Plane
 from jaxlab.voltanallm.worker_controls import WorkerControls
-from tests.voltanallm.servers import MODEL, ask, live, until
+from tests.voltanallm.servers import MODEL, SIZES, ask, live, until
 
 CLOCKS = (1005, 1200, 1410)
 
@@ -196,3 +198,31 @@ def test_a_simulated_clock_takes_its_time(engine):
         fast = seconds()
         client.post("/control/freq", json={"mode": "set", "freq_mhz": 200})
         assert seconds() > 2 * fast  # 3.4 times, on a quiet machine
+
+
+def test_workers_behind_one_server(engine):
+    prompts = [[7], [1, 2, 3]]
+    greedy = SamplingParams(max_tokens=6, temperature=0.0)
+    expected = [" ".join(map(str, own.token_ids)) for own in engine.generate(prompts, greedy)]
+    gpus = {name: SimulatedGPU(CLOCKS, switch_ms=0.0) for name in ("prefill-0", "decode-0")}
+    controllers = {"prefill-0": controller(800.0, "prefill"), "decode-0": controller()}
+    with (
+        DisaggregatedEngine.local(engine.model, engine.params, SIZES) as workers,
+        live(workers, gpu=gpus, controller=controllers) as (app, client),
+    ):
+        got = ask(client, prompts, max_tokens=6).json()
+        assert [choice["text"] for choice in got["choices"]] == expected
+        until(lambda: [gpu.clock() for gpu in gpus.values()] == [1005, 1005])
+        got = client.post("/control/freq", json={"mode": "set", "freq_mhz": 1200, "worker": "decode-0"}).json()
+        assert [worker["id"] for worker in got["workers"]] == ["prefill-0", "decode-0"]
+        assert [worker["mode"] for worker in got["workers"]] == ["auto", "set"]
+        statuses = app.state.engine_loop.call(workers.workers).result(5)
+        assert {status.id: status.freq for status in statuses} == {"prefill-0": 1005, "decode-0": 1200}
+        data = client.get("/dashboard/data").json()
+        assert data["objectives"] == {"ttft_ms": 800.0, "itl_ms": 20.0}
+        assert [worker["phase"] for worker in data["workers"]] == ["prefill", "decode"]
+        assert gpus["prefill-0"].energy_j() > 0
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json={"model": MODEL, "prompt": [7], "max_tokens": 100}, timeout=0.05)
+        until(lambda: 'outcome="cancelled"} 1' in client.get("/metrics").text)
+        until(lambda: workers.free_pages == SIZES.num_pages - 1)
