@@ -6,7 +6,7 @@ A loop is used by the thread that owns the engine; `view` may be read by any.
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _LOG = logging.getLogger("jaxlab.voltanallm")
@@ -72,7 +72,8 @@ class ControlLoop:
     def __init__(self, worker: str, phase: str, gpu: Any = None, controller: Any = None):
         if controller is not None and gpu is None:
             raise ValueError(f"gpu: expected one for worker {worker}, which has a controller, got none")
-        self._gpu, self._controller = gpu, controller
+        self._gpu: Any = gpu
+        self._controller: Any = controller
         self._set: int | None = None  # what the GPU was last told
         self._looked = 0.0  # when; never yet
         self._simulated = hasattr(gpu, "set_load")
@@ -101,8 +102,14 @@ class ControlLoop:
             phase = "prefill" if self.view.phase == "prefill" else "decode"
             self._gpu.set_load(phase, 1.0 if busy else 0.0)
 
+    def start(self) -> None:
+        """Sets the first clock: the controller's, or the lowest where it needs to see something first."""
+        self.tick([], (), time.monotonic())
+        if self.view.mode == "auto" and self._set is None:
+            self._guarded(lambda: self._obey(self._controller.freqs[0]))
+
     def tick(self, metrics: Sequence[Any], arrivals: Sequence[tuple[float, int]], now: float) -> None:
-        """One wake-up.
+        """One wake-up. What goes wrong with the GPU or the controller is told by `view.trouble`; serving goes on.
 
         Args:
           metrics: of the worker's iterations since the last one.
@@ -110,18 +117,21 @@ class ControlLoop:
           now: seconds of `time.monotonic`, as all times here.
         """
         if self.view.mode == "auto":
-            target = self._controller.decide(metrics, arrivals, now)
-            if target is not None:
-                self._obey(target)
+            self._guarded(lambda: self._obey(self._controller.decide(metrics, arrivals, now)))
         last = metrics[-1] if metrics else None
         if last is not None and (last.running, last.waiting) != (self.view.running, self.view.waiting):
             self.view = dataclasses.replace(self.view, running=last.running, waiting=last.waiting)
-        self._look()
+        self._guarded(self._look)
 
     def rest(self) -> None:
         """The worker has nothing to do."""
         if self.view.running or self.view.waiting:
             self.view = dataclasses.replace(self.view, running=0, waiting=0)
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether there is a GPU."""
+        return self._gpu is not None
 
     def check(self, mode: str, freq_mhz: int | None) -> None:
         """Raises the ValueError of a command that this worker cannot follow."""
@@ -144,7 +154,7 @@ class ControlLoop:
             return
         self.view = dataclasses.replace(self.view, mode=mode, trouble=None)
         if mode == "set":
-            self._obey(freq_mhz)
+            self._guarded(lambda: self._obey(freq_mhz))
         elif mode == "unset":
             self._set = None
             self._gpu.reset()
@@ -156,16 +166,18 @@ class ControlLoop:
             self.load(False)
             self._gpu.reset()
 
-    def _obey(self, freq: int | None) -> None:
-        if freq == self._set or freq is None:
-            return
+    def _guarded(self, action: Callable[[], None]) -> None:
         try:
-            self._gpu.set_clock(freq)
-        except (RuntimeError, OSError, ValueError) as error:
-            # Serving goes on at whatever clock there is.
-            _LOG.warning("worker %s: its GPU does not take %s MHz: %s", self.view.id, freq, error)
-            self.view = dataclasses.replace(self.view, mode="unset", trouble=str(error))
+            action()
+        except Exception as error:
+            if self.view.trouble is None:
+                _LOG.warning("worker %s: its clock is not controlled any more: %s", self.view.id, error)
+            self.view = dataclasses.replace(self.view, mode="unset", trouble=str(error) or type(error).__name__)
+
+    def _obey(self, freq: int | None) -> None:
+        if freq is None or freq == self._set:
             return
+        self._gpu.set_clock(freq)
         self.view = dataclasses.replace(self.view, switches=self.view.switches + (self._set is not None))
         self._set = freq
         self._see_clock()

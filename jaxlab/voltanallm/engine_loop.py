@@ -34,6 +34,9 @@ class Overloaded(RuntimeError):
 class Controls(Protocol):
     """What acts on the hardware while an engine works; everything is called on the engine's thread."""
 
+    def start(self) -> None:
+        """The engine is ready."""
+
     def arrived(self, prompt_tokens: int) -> None:
         """A request has come."""
 
@@ -229,13 +232,17 @@ class EngineLoop:
             if self._warm:
                 self._engine.warmup()
             self._look()
+            if self._controls is not None:
+                self._controls.start()
             self.ready.set()
             while not self._closing:
-                self._follow_orders(0.0 if self._rows else _IDLE_S)
                 if self._rows:  # rather than `has_work`: somebody may use the engine while no request is here
                     self._iterate()
-                elif self._controls is not None:
+                    self._follow_orders(0.0)
+                    continue
+                if self._controls is not None:
                     self._controls.idle()
+                self._follow_orders(_IDLE_S)
         except BaseException as error:
             _LOG.exception("the engine failed")
             self.failure = error

@@ -47,8 +47,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 
-R = TypeVar("R", bound=pydantic.BaseModel)
-
 
 class ApiError(Exception):
     """An answer that is an error.
@@ -82,6 +80,12 @@ class ApiError(Exception):
 
 class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, extra="allow")
+
+    def check(self) -> None:
+        """Raises `ApiError` 400 for what the types do not forbid."""
+
+
+R = TypeVar("R", bound=_Strict)
 
 
 class StreamOptions(_Strict):
@@ -137,7 +141,7 @@ class _Generation(_Strict):
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: expected stream to be true", param="stream_options")
 
-    def sampling(self, choice: int, max_tokens: int, stop_ids: Sequence[int]) -> SamplingParams:
+    def sampling(self, choice: int, max_tokens: int, stop_ids: Sequence[int], alternatives: int) -> SamplingParams:
         """How one answer is sampled; with a seed, each of n answers has the next one.
 
         Raises:
@@ -153,7 +157,7 @@ class _Generation(_Strict):
                 stop_ids=(*(self.stop_token_ids or ()), *stop_ids),
                 # Seeds wrap, as the largest has a next one too.
                 seed=None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63,
-                logprobs=self.alternatives,
+                logprobs=alternatives,
             )
         except (ValueError, TypeError) as error:
             raise ApiError.bad_value(error) from None
@@ -173,7 +177,7 @@ class CompletionRequest(_Generation):
         Raises:
           ApiError: 400, it is something else, or empty.
         """
-        given = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        given: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         if given and all(map(_is_id, given)):
             given = [given]
         texts = all(isinstance(each, str) for each in given)
@@ -294,5 +298,5 @@ def read(kind: type[R], body: bytes) -> R:
         place = ".".join(str(step) for step in first["loc"])
         param = str(first["loc"][0]) if first["loc"] else None
         raise ApiError(400, f"{place}: {first['msg']}" if place else first["msg"], param=param) from None
-    request.check()  # pyrefly: ignore  every kind of request has it
+    request.check()
     return request

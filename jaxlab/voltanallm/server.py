@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import hmac
-import logging
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any, TypeVar
 
@@ -12,8 +11,6 @@ from jaxlab.core.errors import require
 from jaxlab.voltanallm.limits import Limits
 
 T = TypeVar("T")
-
-_LOG = logging.getLogger("jaxlab.voltanallm")
 
 
 def create_app(
@@ -71,7 +68,6 @@ def create_app(
         limits=limits,
         telemetry=telemetry,
     )
-
     board = dashboard.Board(model_name, loop, telemetry, controls.states)
 
     @contextlib.asynccontextmanager

@@ -175,7 +175,7 @@ class Service:
         limit = request.limit
         if limit is None:
             limit = max(1, self._room - len(ids))
-        return request.sampling(choice, limit, self._eos)
+        return request.sampling(choice, limit, self._eos, request.alternatives)
 
     async def _prompts(self, request: CompletionRequest | ChatRequest) -> list[list[int]]:
         """The prompts as ids."""

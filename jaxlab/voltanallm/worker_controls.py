@@ -65,11 +65,18 @@ class WorkerControls:
         named = {str(key): loop for key, loop in self._loops.items()}
         if worker is not None and str(worker) not in named:
             raise ValueError(f"worker: expected one of {', '.join(named)}, got {worker!r}")
-        meant = list(named.values()) if worker is None else [named[str(worker)]]
+        with_clock = [loop for loop in named.values() if loop.has_clock]
+        meant = [named[str(worker)]] if worker is not None else with_clock or list(named.values())
         for loop in meant:
             loop.check(mode, freq_mhz)
         for loop in meant:
             loop.command(mode, freq_mhz, slo_ms)
+        self._tell()
+
+    def start(self) -> None:
+        """Sets the first clocks."""
+        for loop in self._loops.values():
+            loop.start()
         self._tell()
 
     def arrived(self, prompt_tokens: int) -> None:
@@ -84,7 +91,8 @@ class WorkerControls:
     def after_step(self, seconds: float) -> float:
         """An iteration took so long; gives how much longer it would have taken at the clock that is set."""
         if not self._own_steps:
-            self._tick_workers()
+            if time.monotonic() - self._ticked >= _TICK_S:
+                self._tick_workers()
             return 0.0
         loop = self._loops["engine"]
         pause = seconds * (loop.pace - 1)
@@ -117,10 +125,7 @@ class WorkerControls:
         return list(self._arrivals)
 
     def _tick_workers(self) -> None:
-        now = time.monotonic()
-        if now - self._ticked < _TICK_S:
-            return
-        self._ticked = now
+        self._ticked = now = time.monotonic()
         arrivals = self._recent()
         alike = collections.Counter(loop.view.phase for loop in self._loops.values())
         turn: collections.Counter[str] = collections.Counter()

@@ -94,7 +94,16 @@ def test_a_gpu_that_refuses_does_not_stop_the_serving(caplog):
     loop.tick([metrics(1)], (), 0.0)
     loop.tick([metrics(1)], (), 0.0)
     assert (loop.view.mode, loop.view.trouble) == ("unset", "not without root")
-    assert len(caplog.records) == 1
+    loop.command("set", 1005, None)
+    assert (loop.view.mode, loop.view.trouble) == ("unset", "not without root")
+    assert len(caplog.records) == 2
+
+
+def test_a_loop_starts_at_its_first_clock():
+    for chooser, clock in ((controller(), 1005), (StaticClock(CLOCKS, 1200), 1200), (None, 1410)):
+        gpu = SimulatedGPU(CLOCKS, switch_ms=0.0)
+        ControlLoop("w", "decode", gpu, chooser).start()
+        assert gpu.clock() == clock
 
 
 def test_workers_of_an_engine_are_told_their_pace():
@@ -153,7 +162,7 @@ def test_control_by_http(engine):
             return got.json()["workers"][0] if status == 200 else got.json()["error"]
 
         assert client.get("/control/freq").json() == {
-            "workers": [{"id": "engine", "mode": "auto", "freq_mhz": 1410, "slo_ms": 20.0}]
+            "workers": [{"id": "engine", "mode": "auto", "freq_mhz": 1005, "slo_ms": 20.0}]
         }
         assert post(mode="set", freq_mhz=1200) == {"id": "engine", "mode": "set", "freq_mhz": 1200, "slo_ms": 20.0}
         assert gpu.clock() == 1200

@@ -238,6 +238,30 @@ def test_an_engine_that_cannot_start(engine):
             pass
 
 
+def test_a_client_that_does_not_read_is_left():
+    from jaxlab.voltanallm.streams import event_stream
+
+    ended = []
+
+    async def more():
+        while True:
+            yield b"data: {}\n\n"
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    async def respond():
+        response = event_stream(b"data: {}\n\n", more(), lambda: ended.append(True), stall_s=0.05)
+        await asyncio.wait_for(response({"type": "http"}, receive, send), 10)
+
+    asyncio.run(respond())
+    assert ended == [True]
+
+
 def test_a_closed_loop_refuses(engine):
     loop = EngineLoop(engine, warm=False)
     loop.start()
