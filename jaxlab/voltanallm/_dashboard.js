@@ -190,7 +190,7 @@ function show(data) {
   page.samples = page.samples.concat(data.samples).filter(sample => sample.t > data.now - SPAN_S);
   const status = document.getElementById("status");
   status.textContent = data.trouble ?? "serving";
-  status.className = `badge ${data.trouble === null ? "good" : "bad"}`;
+  status.className = `badge ${data.trouble === null ? "good live" : "bad"}`;
   document.getElementById("about").replaceChildren("jaxlab · VoltanaLLM", ...(data.simulated
     ? [" · ", element("span", { class: "badge note" }, "simulated GPUs: clocks, power and energy are a model's")] : []));
   const latest = page.samples.at(-1) ?? {};
