@@ -60,6 +60,11 @@ SYSTEMS: dict[str, System] = {
         "Votes against self-verification by vision-language models, with and without the image.",
         "configs/vlm_scaling/laptop.yaml",
     ),
+    "voltanallm": System(
+        "jaxlab.voltanallm",
+        "Serving with less GPU energy within latency objectives.",
+        "configs/voltanallm/laptop.yaml",
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 

@@ -34,6 +34,7 @@ RECIPES: dict[str, str] = {
     "sfpo": "jaxlab.sfpo.recipe:configs/sfpo/laptop.yaml",
     "eaglet": "jaxlab.eaglet.recipe:configs/eaglet/laptop.yaml",
     "vlm_scaling": "jaxlab.vlm_scaling.recipe:configs/vlm_scaling/laptop.yaml",
+    "voltanallm": "jaxlab.voltanallm.recipe:configs/voltanallm/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 

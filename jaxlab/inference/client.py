@@ -102,8 +102,8 @@ class AsyncClient:
         body = {"messages": [dict(message) for message in messages], **options}
         return read_completion(await self._ask("/chat/completions", body, model), self.base_url)
 
-    async def complete(self, prompt: str, *, model: str | None = None, **options: Any) -> Completion:
-        """A whole continuation of a text; as `chat`, but `logprobs` is a number here."""
+    async def complete(self, prompt: str | Sequence[int], *, model: str | None = None, **options: Any) -> Completion:
+        """A whole continuation of a text, or of token ids; as `chat`, but `logprobs` is a number here."""
         return read_completion(await self._ask("/completions", {"prompt": prompt, **options}, model), self.base_url)
 
     async def stream_chat(
@@ -116,7 +116,7 @@ class AsyncClient:
                 yield piece
 
     async def stream_complete(
-        self, prompt: str, *, model: str | None = None, **options: Any
+        self, prompt: str | Sequence[int], *, model: str | None = None, **options: Any
     ) -> AsyncGenerator[Piece, None]:
         """The continuation of a text, piece by piece; arguments and errors of `complete`."""
         async with contextlib.aclosing(self._stream("/completions", {"prompt": prompt, **options}, model)) as pieces:
@@ -280,7 +280,7 @@ class Client:
         """`AsyncClient.chat`."""
         return self._wait(self._client.chat(messages, model=model, **options))
 
-    def complete(self, prompt: str, *, model: str | None = None, **options: Any) -> Completion:
+    def complete(self, prompt: str | Sequence[int], *, model: str | None = None, **options: Any) -> Completion:
         """`AsyncClient.complete`."""
         return self._wait(self._client.complete(prompt, model=model, **options))
 
@@ -288,7 +288,9 @@ class Client:
         """`AsyncClient.stream_chat`."""
         return self._each(self._client.stream_chat(messages, model=model, **options))
 
-    def stream_complete(self, prompt: str, *, model: str | None = None, **options: Any) -> Iterator[Piece]:
+    def stream_complete(
+        self, prompt: str | Sequence[int], *, model: str | None = None, **options: Any
+    ) -> Iterator[Piece]:
         """`AsyncClient.stream_complete`."""
         return self._each(self._client.stream_complete(prompt, model=model, **options))
 
