@@ -99,11 +99,14 @@ class LoadResult:
             raise FileNotFoundError(f"{path}: expected the answers of a load test")
         rows = jsonl.read(path)
         try:
-            read = (dataclasses.replace(Answer(**row), piece_s=tuple(row["piece_s"])) for row in rows)
-            answers = tuple(read)
+            answers = tuple(_answer(**row) for row in rows)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected the answers of a load test, got {str(rows[:1])[:100]}") from error
         return cls(answers, max((max(a.piece_s, default=a.sent_s) for a in answers), default=0.0))
+
+
+def _answer(piece_s: Sequence[float], **fields: Any) -> Answer:
+    return Answer(piece_s=tuple(piece_s), **fields)
 
 
 def _mean_gap(answer: Answer) -> float:

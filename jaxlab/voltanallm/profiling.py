@@ -121,7 +121,8 @@ def profile_decode(
       steps: iterations of each.
 
     Raises:
-      ValueError: an engine with work, a batch above its `max_running`, or a share outside (0, 1).
+      ValueError: an engine with work, a batch above its `max_running` or too large for its pages, or a share outside
+        (0, 1).
     """
     _check_idle(engine)
     most = min(engine.config.max_running, engine.config.batch_buckets[-1])
@@ -187,9 +188,11 @@ def _check_idle(engine: Any) -> None:
 
 
 def _decode_rows(engine: Any, clock: int, batch: int, share: float, room: int, steps: int) -> list[tuple[float, ...]]:
-    # The first request goes on while the last one is read.
+    # The first request goes on while the last one is read, at worst a prompt a step.
     length = max(1, int(share * (room - steps)))
-    drawn = steps + 2 + -(-batch * length // engine.config.prefill_chunk)
+    drawn = steps + 2 + batch + -(-batch * length // engine.config.prefill_chunk)
+    if drawn >= room:
+        raise ValueError(f"batches: expected sizes that leave each request more than {drawn} tokens, got {batch}")
     requests = _add(engine, batch, min(length, room - drawn), drawn)
     began: set[Any] = set()
     while len(began) < batch:
