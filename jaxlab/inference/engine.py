@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlab.inference.batch import prompt_ids
+from jaxlab.inference.admission import checked_ids
 from jaxlab.inference.paged import BlockAllocator, KVPages
 from jaxlab.inference.params import SamplingParams
-from jaxlab.inference.programs import MOST_ALTERNATIVES, Drawn, rows_of
+from jaxlab.inference.programs import Drawn, rows_of
 from jaxlab.inference.runner import Runner
 from jaxlab.inference.scheduler import Chunk, Request, Scheduler
 from jaxlab.inference.serving import EngineConfig, IterationMetrics, RequestOutput, StepOutput
@@ -284,18 +284,7 @@ class Engine:
         return request.id
 
     def _checked(self, ids: Any, sampling: SamplingParams) -> list[int]:
-        if sampling.stop and self.tokenizer is None:
-            raise TypeError(f"tokenizer: expected one, to look for the stop strings {sampling.stop!r}, got None")
-        if sampling.logprobs > MOST_ALTERNATIVES:
-            raise ValueError(f"logprobs: expected at most {MOST_ALTERNATIVES}, got {sampling.logprobs}")
-        tokens = prompt_ids([ids], self.tokenizer, self.model.config, sampling.max_tokens)[0].tolist()
-        needed = self._scheduler.pages_for(len(tokens) + max(sampling.max_tokens - 1, 0))
-        if needed > self.config.num_pages - 1:
-            raise ValueError(
-                f"prompt + max_tokens: expected at most the pool's {self.config.num_pages - 1} pages of "
-                f"{self.config.page_size} tokens, got {len(tokens)} + {sampling.max_tokens}, {needed} pages"
-            )
-        return tokens
+        return checked_ids(ids, sampling, tokenizer=self.tokenizer, model_config=self.model.config, config=self.config)
 
     def _own(self, sampling: SamplingParams, seed: int) -> _Own:
         stop_ids = (*sampling.stop_ids, *self._stop_ids)
