@@ -95,7 +95,14 @@ def test_a_chat_may_fill_the_context(client):
     assert got["usage"]["total_tokens"] == 128 or got["choices"][0]["finish_reason"] == "stop"
 
 
-def test_a_stream_begins_before_it_ends(server, client, free_pages):
+def test_a_stream_begins_before_it_ends(server, client, engine, free_pages, monkeypatch):
+    step = engine.step
+
+    def patient():
+        time.sleep(0.02)  # or it may be over before a busy machine has read the first piece
+        return step()
+
+    monkeypatch.setattr(engine, "step", patient)
     body = {"model": MODEL, "prompt": [7], "max_tokens": 100, "temperature": 0, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
