@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import socket
+import time
 
 import numpy as np
 import pytest
