@@ -99,7 +99,7 @@ for running in (20, 120, 140, 250, 280, 400, 5000):
 
 # %%
 lengths = sharegpt()
-trace = Trace.from_lengths(lengths.prompt, lengths.output, rate=85, num_requests=2500)
+trace = Trace.from_lengths(lengths.prompt, lengths.output, rate=90, num_requests=2700)
 config = SimulationConfig(ways=("ecofreq/state_space",), margin=0.0)
 chosen = config.controller(Way.read(config.ways[0]))
 run = Simulator(ClusterConfig(2, 2), trace, "state_space", chosen, models).run(record=True)
@@ -107,7 +107,7 @@ print(
     f"{run.energy_j / 1000:.1f} kJ, {run.clock_switches} switches, "
     f"{run.ttft_attainment:.1%} of first tokens and {run.itl_token_attainment:.1%} of tokens in time"
 )
-pictures.clocks(trace, run, start=10.0, stop=25.0, tile=128)
+pictures.clocks(trace, run, start=12.0, stop=30.0, tile=128)
 
 # %% [markdown]
 # What ways of choosing save, by load, and what becomes of the objectives. The last one is ours: it plans over the queue
