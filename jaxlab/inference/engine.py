@@ -4,10 +4,9 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -307,22 +306,16 @@ class Engine:
         """One step of what lives."""
         plan = self._scheduler.schedule()
         self._metrics = self._measured(plan.chunks, plan.decoded)
-        first = drawn = None
+        drawn = []
         if plan.chunks:  # before the decoding, which may read pages that these fill
             logits = self._runner.read(plan.chunks)
             read = [chunk.request for chunk in plan.chunks]
             if any(not request.pending for request in read):
-                first = self._runner.draw(logits, read)
+                drawn.append((read, self._runner.draw(logits, read)))
         if plan.decoded:
-            drawn = self._runner.decode(plan.decoded, self._scheduler.preemptions)
+            drawn.append((plan.decoded, self._runner.decode(plan.decoded, self._scheduler.preemptions)))
         self._scheduler.finished_computing(plan.decoded)
-        first, drawn = jax.device_get((first, drawn))
-        outputs = []
-        if first is not None:
-            outputs += self._accept([chunk.request for chunk in plan.chunks], first)
-        if drawn is not None:
-            outputs += self._accept(plan.decoded, drawn)
-        return outputs
+        return [output for requests, own in drawn for output in self._accept(requests, own)]
 
     def _measured(self, chunks: list[Chunk], decoded: list[Request]) -> IterationMetrics:
         now = time.monotonic()
@@ -334,17 +327,20 @@ class Engine:
         waits = tuple(now - request.arrival for request in waiting)
         return IterationMetrics(now, running, len(self._requests), tokens, len(waiting), waits)
 
-    def _accept(self, requests: Iterable[Request], drawn: Drawn) -> list[StepOutput]:
+    def _accept(self, requests: list[Request], drawn: Drawn) -> list[StepOutput]:
         """Appends what rows drew, where it was wanted, and ends requests."""
-        outputs = []
-        for row, (request, token, logp) in enumerate(zip(requests, drawn.ids.tolist(), drawn.logps.tolist())):
+        outputs, top_ids, top_logps = [], None, None
+        if any(request.extra.sampling.logprobs for request in requests):
+            top_ids, top_logps = np.asarray(drawn.top_ids), np.asarray(drawn.top_logps)
+        ids, logps = np.asarray(drawn.ids).tolist(), np.asarray(drawn.logps).tolist()
+        for row, (request, token, logp) in enumerate(zip(requests, ids, logps)):
             if request.pending:
                 continue  # a chunk that is not the prompt's last
             own: _Own = request.extra
             top = {}
-            if own.sampling.logprobs:
+            if top_ids is not None and top_logps is not None:
                 count = own.sampling.logprobs
-                top = dict(zip(drawn.top_ids[row, :count].tolist(), drawn.top_logps[row, :count].tolist()))
+                top = dict(zip(top_ids[row, :count].tolist(), top_logps[row, :count].tolist()))
             request.tokens.append(token)
             own.logprobs.append(logp)
             own.top_logprobs.append(top)

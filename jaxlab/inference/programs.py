@@ -45,10 +45,10 @@ class Draws:
 class Drawn:
     """What B rows drew: ids and log-probabilities, and the likeliest alternatives (zeros unless reported)."""
 
-    ids: Int[ArrayLike, " b"]
-    logps: Float[ArrayLike, " b"]
-    top_ids: Int[ArrayLike, "b k"]
-    top_logps: Float[ArrayLike, "b k"]
+    ids: Int[Array, " b"]
+    logps: Float[Array, " b"]
+    top_ids: Int[Array, "b k"]
+    top_logps: Float[Array, "b k"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,16 +131,15 @@ def decode(
     draws: Draws,
     *,
     replicated: NamedSharding | None,
-) -> tuple[Drawn, Int[Array, " b"], Pool]:
-    """One token of each row: what it drew, its next position, and the pool. Position -1 is no row."""
+) -> tuple[Drawn, Pool]:
+    """Computes one token of each row: what it drew, and the pool. Position -1 is no row."""
     cache = PagedKVCache(*pool, page_table)
     keys = _keys(draws, positions + 1)
     found, logps, cache, logits = decode_step(
         model, params, cache, ids, positions, keys, draws.sampling, return_logits=True
     )
     drawn = Drawn(found, logps, *_alternatives(logits, draws))
-    drawn, positions = _readable((drawn, jnp.where(positions < 0, -1, positions + 1)), replicated)
-    return drawn, positions, (cache.k, cache.v)
+    return _readable(drawn, replicated), (cache.k, cache.v)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="pool")

@@ -24,14 +24,12 @@ _NO_REQUEST = SamplingParams(temperature=0.0)
 
 @dataclasses.dataclass
 class _Rows:
-    """The batch as it lies on the device after a step, so that the next sends only what changed."""
+    """The batch after a step: what the next can use again."""
 
     requests: list[Request]
-    pages: list[int]
     epoch: int
-    ids: Any
-    positions: Any
-    page_table: Any
+    pages: list[int]
+    page_table: np.ndarray
     draws: Draws
 
 
@@ -104,8 +102,7 @@ class Runner:
             if kind == "decode":
                 rows, width = sizes
                 nothing, table = np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)
-                ids, positions, table = self._put((nothing, nothing - 1, table))
-                self._decode(ids, positions, table, self._draws([], rows))
+                self._decode(nothing, nothing - 1, table, self._draws([], rows))
             elif kind == "read":
                 self._read(*_empty_packing(*sizes))
             else:
@@ -145,7 +142,10 @@ class Runner:
         return self._draw(logits, positions, requests)
 
     def decode(self, requests: list[Request], epoch: int) -> Drawn:
-        """Computes the last token of each request and draws the next, sending what differs from the step before.
+        """Computes the last token of each request and draws the next.
+
+        How rows draw stays on the device while they are the same. Ids, positions and table are sent at every step:
+        that costs less than keeping them there, as one row or another gets a page at most steps.
 
         Args:
             requests: that were planned.
@@ -153,27 +153,23 @@ class Runner:
         """
         last, count = self._rows, len(requests)
         pages = [len(request.pages) for request in requests]
-        if last is not None and (last.requests != requests or last.epoch != epoch):
-            last = None
-        if last is not None and last.pages == pages:
+        sizes = fitting(self.buckets.batch, count), fitting(self.buckets.widths, max(pages))
+        if last is not None and last.requests == requests and last.epoch == epoch:
+            draws, known = last.draws, last.pages
+        else:
+            last, draws, known = None, self._draws(requests, sizes[0]), [0] * count
+        if last is not None and last.page_table.shape == sizes:
             table = last.page_table
         else:
-            sizes = fitting(self.buckets.batch, count), fitting(self.buckets.widths, max(pages))
-            table = np.zeros(sizes, np.int32)
-            for row, request in enumerate(requests):
-                table[row, : pages[row]] = request.pages
-            table = self._put(table)
-        if last is not None:
-            ids, positions, draws = last.ids, last.positions, last.draws
-        else:
-            ids, positions = np.zeros(len(table), np.int32), np.full(len(table), -1, np.int32)
-            ids[:count] = [request.tokens[-1] for request in requests]
-            positions[:count] = [request.computed - 1 for request in requests]
-            ids, positions = self._put((ids, positions))
-            draws = self._draws(requests, len(table))
-        drawn, positions = self._decode(ids, positions, table, draws)
-        self._rows = _Rows(requests, pages, epoch, drawn.ids, positions, table, draws)
-        return drawn
+            table, known = np.zeros(sizes, np.int32), [0] * count
+        for row, (old, new) in enumerate(zip(known, pages)):
+            if old < new:
+                table[row, old:new] = requests[row].pages[old:new]
+        ids, positions = np.zeros(sizes[0], np.int32), np.full(sizes[0], -1, np.int32)
+        ids[:count] = [request.tokens[-1] for request in requests]
+        positions[:count] = [request.computed - 1 for request in requests]
+        self._rows = _Rows(requests, epoch, pages, table, draws)
+        return self._decode(ids, positions, table, draws)
 
     def take(self, pages: Sequence[int]) -> tuple[jax.Array, jax.Array]:
         """Copies of pages: k and v `[L,Hkv,n,page,D]`, n rounded up."""
@@ -217,7 +213,7 @@ class Runner:
 
     def _read(self, tokens: Any, positions: Any, table: Any, packing: Packing, columns: Any) -> jax.Array:
         self.compiled.add(("read", tokens.shape[1], columns.shape[1], table.shape[1]))
-        arrays = self._put((tokens, positions, table, packing, columns))
+        arrays = tokens, positions, table, packing, columns
         with self._in_mesh():
             logits, self._pool = programs.read(
                 self._model, self._params, self._pool, *arrays, replicated=self._replicated
@@ -228,15 +224,15 @@ class Runner:
         self.compiled.add(("draw", len(positions)))
         draws = self._draws(requests, len(positions))
         with self._in_mesh():
-            return programs.draw(logits, self._put(positions), draws, replicated=self._replicated)
+            return programs.draw(logits, positions, draws, replicated=self._replicated)
 
-    def _decode(self, ids: Any, positions: Any, table: Any, draws: Draws) -> tuple[Drawn, jax.Array]:
+    def _decode(self, ids: np.ndarray, positions: np.ndarray, table: np.ndarray, draws: Draws) -> Drawn:
         self.compiled.add(("decode", *table.shape))
         with self._in_mesh():
-            drawn, positions, self._pool = programs.decode(
+            drawn, self._pool = programs.decode(
                 self._model, self._params, self._pool, ids, positions, table, draws, replicated=self._replicated
             )
-        return drawn, positions
+        return drawn
 
 
 def _signature(leaf: Any) -> tuple[Any, ...]:
