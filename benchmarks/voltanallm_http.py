@@ -5,9 +5,11 @@ Clients live in a process of their own, as they would elsewhere; on few cores th
 
 import asyncio
 import concurrent.futures
+import functools
 import multiprocessing
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from benchmarks.harness import Case, interleaved
 
@@ -16,11 +18,23 @@ BAR = 0.8  # of the engine's tokens a second: the specification allows HTTP 20 %
 FIRST_S, WHOLE_S = 0, 1
 
 
-def _ask_all(url: str, prompts: list[list[int]], new: int, streamed: bool) -> list[tuple[float, float]]:
-    """Asks for all at once; the seconds to each one's first piece and to its end."""
+@functools.cache
+def _session(url: str, concurrency: int) -> tuple[asyncio.Runner, Any]:
+    """An event loop and a client with connections that stay open."""
     from jaxlab.inference import AsyncClient
 
-    async def one(client: AsyncClient, prompt: list[int]) -> tuple[float, float]:
+    async def client() -> AsyncClient:
+        return AsyncClient(f"{url}/v1", model="m", concurrency=concurrency, max_retries=0)
+
+    runner = asyncio.Runner()
+    return runner, runner.run(client())
+
+
+def _ask_all(url: str, prompts: list[list[int]], new: int, streamed: bool) -> list[tuple[float, float]]:
+    """Asks for all at once; the seconds to each one's first piece and to its end."""
+    runner, client = _session(url, len(prompts))
+
+    async def one(prompt: list[int]) -> tuple[float, float]:
         options = {"max_tokens": new, "temperature": 0.0}
         started = time.perf_counter()
         if not streamed:
@@ -32,22 +46,21 @@ def _ask_all(url: str, prompts: list[list[int]], new: int, streamed: bool) -> li
         return first or 0.0, time.perf_counter() - started
 
     async def all_of_them() -> list[tuple[float, float]]:
-        async with AsyncClient(f"{url}/v1", model="m", concurrency=len(prompts), max_retries=0) as client:
-            return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+        return await asyncio.gather(*map(one, prompts))
 
-    return asyncio.run(all_of_them())
+    return runner.run(all_of_them())
 
 
 def cases(quick: bool) -> Iterator[Case]:
     """Bars of the specification's section 7 that concern HTTP."""
-    from benchmarks.voltanallm import NEW, REQUESTS, _engine, _prompts
+    from benchmarks.voltanallm_engine import NEW, REQUESTS, _engine, _prompts
     from jaxlab.inference import SamplingParams
     from jaxlab.voltanallm import create_app, served
 
-    engine, prompts = _engine(REQUESTS), _prompts(REQUESTS)
+    engine, prompts = _engine(REQUESTS, (REQUESTS,)), _prompts(REQUESTS)
     new, repeats = 16 if quick else NEW, 3 if quick else 5
     sampling = SamplingParams(max_tokens=new, temperature=0.0)
-    app = create_app(engine, model_name="m", warm=False)
+    app = create_app(engine, model_name="m")
     loop, made = app.state.engine_loop, len(prompts) * new
     spawn = multiprocessing.get_context("spawn")
     with served(app) as url, concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as clients:

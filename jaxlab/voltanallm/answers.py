@@ -56,14 +56,14 @@ class GrowingText:
         if self._reader is None:
             given = " ".join(map(str, new))
             return (" " if new and (before or self._continues) else "") + given, len(new)
+        if not (last or self._eager):
+            return "", len(new)
         window = np.asarray(self._ids[self._first :], np.int32)
         if self._stops:
             count = self._reader.completed(window, before - self._first)
             if count is not None:
                 window, self.ended = window[:count], True
                 del self._ids[self._first + count :]
-        if not (last or self.ended or self._eager):
-            return "", len(new)
         text = self._reader.final(window) if last or self.ended else self._reader.settled(window)
         piece = text[self._given :]
         self._given = max(self._given, len(text))
@@ -82,10 +82,11 @@ class GrowingText:
 
 @dataclasses.dataclass
 class Choice:
-    """One answer as far as it has come: its index, and what of it has not been sent."""
+    """One answer as far as it has come: its index, its text, and what of it has not been sent."""
 
     index: int
     text: GrowingText
+    keeps_logprobs: bool = False
     pieces: list[str] = dataclasses.field(default_factory=list)
     records: list[tuple[int, float, Mapping[int, float]]] = dataclasses.field(default_factory=list)  # of tokens
     tokens: int = 0
@@ -97,7 +98,8 @@ class Choice:
         piece, kept = self.text.add(output.new_token_ids, last=output.finish_reason is not None)
         self.pieces.append(piece)
         self.tokens += kept
-        self.records += zip(output.new_token_ids[:kept], output.logprobs, output.top_logprobs)
+        if self.keeps_logprobs:
+            self.records += zip(output.new_token_ids[:kept], output.logprobs, output.top_logprobs)
         self.finish_reason = "stop" if self.text.ended else output.finish_reason
         return self.text.ended and output.finish_reason is None
 

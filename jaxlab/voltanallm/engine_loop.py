@@ -5,6 +5,7 @@ iteration brings goes out in one call for each event loop that waits for some of
 """
 
 import asyncio
+import collections
 import contextlib
 import logging
 import queue
@@ -58,14 +59,22 @@ class Controls(Protocol):
 
 
 class Submission:
-    """Requests that came together, and what the engine makes of them."""
+    """Requests that came together, and what the engine makes of them.
 
-    def __init__(self, count: int):
+    Args:
+      count: of requests.
+      eager: wake who iterates `outputs` for every output, otherwise only when a request has ended.
+      observe: told every output as it comes: `(which request, time.monotonic(), StepOutput)`.
+    """
+
+    def __init__(self, count: int, *, eager: bool = True, observe: Callable[[int, float, Any], None] | None = None):
         self.ids: list[Any] = [None] * count  # the engine's
         self.open = [True] * count  # in the engine; guarded by the loop's lock
         self.given_up: set[int] = set()  # by who reads `outputs`
         self.loop = asyncio.get_running_loop()
-        self._outputs: asyncio.Queue[tuple[int, float, Any]] = asyncio.Queue()
+        self._eager, self._observe = eager, observe
+        self._outputs: collections.deque[tuple[int, float, Any]] = collections.deque()
+        self._news = asyncio.Event()
 
     async def outputs(self, deadline_s: float) -> AsyncIterator[tuple[int, float, Any]]:
         """`(which request, time.monotonic() when it came, StepOutput)`, until all have ended or been given up.
@@ -79,8 +88,11 @@ class Submission:
         """
         left = set(range(len(self.ids)))
         while left:
-            async with asyncio.timeout_at(deadline_s):
-                index, when, output = await self._outputs.get()
+            if not self._outputs:
+                self._news.clear()
+                async with asyncio.timeout_at(deadline_s):
+                    await self._news.wait()
+            index, when, output = self._outputs.popleft()
             if isinstance(output, Exception):
                 raise output
             if index in self.given_up:
@@ -93,7 +105,14 @@ class Submission:
 
     def put(self, index: int, when: float, output: Any) -> None:
         """Takes an output or an exception; in the event loop."""
-        self._outputs.put_nowait((index, when, output))
+        self._outputs.append((index, when, output))
+        if isinstance(output, Exception):
+            self._news.set()
+            return
+        if self._observe is not None and index not in self.given_up:
+            self._observe(index, when, output)
+        if self._eager or output.finish_reason is not None:
+            self._news.set()
 
 
 class EngineLoop:
@@ -144,8 +163,19 @@ class EngineLoop:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="jaxlab-engine")
                 self._thread.start()
 
-    async def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> Submission:
+    async def submit(
+        self,
+        requests: Sequence[tuple[Sequence[int], SamplingParams]],
+        *,
+        eager: bool = True,
+        observe: Callable[[int, float, Any], None] | None = None,
+    ) -> Submission:
         """Hands requests to the engine, all or none, and waits until it has taken them.
+
+        Args:
+          requests: prompts, and how to sample.
+          eager: see `Submission`.
+          observe: see `Submission`.
 
         Raises:
           Overloaded: there is no room for them.
@@ -155,7 +185,7 @@ class EngineLoop:
         if self.unavailable is not None:
             raise Unavailable(self.unavailable)
         self.start()
-        submission = Submission(len(requests))
+        submission = Submission(len(requests), eager=eager, observe=observe)
         with self._lock:
             if self._under_way + len(requests) > self._max_requests:
                 raise Overloaded(

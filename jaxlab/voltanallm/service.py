@@ -24,13 +24,11 @@ class Job:
       submission: the engine's requests, one for each choice.
       choices: in order; the answers to one prompt are adjacent.
       answer: makes the objects.
-      arrived: seconds of `time.monotonic`.
     """
 
     submission: Submission
     choices: list[Choice]
     answer: Answer
-    arrived: float
 
 
 class Service:
@@ -84,12 +82,25 @@ class Service:
             message = f"n: expected prompts times n to be at most {most}, got {len(prompts)} times {request.choices}"
             raise ApiError(400, message, param="n")
         wanted = [(ids, self._sampling(request, ids, choice)) for ids in prompts for choice in range(request.choices)]
+        heard: dict[int, float] = {}
+
+        def observe(index: int, when: float, output: Any) -> None:
+            if output.new_token_ids:
+                took = when - heard.get(index, arrived)
+                self._telemetry.tokens(len(output.new_token_ids), took, when, first=index not in heard)
+                heard[index] = when
+
         try:
-            submission = await self.loop.submit(wanted)
+            # Who waits for the whole is woken at its end, unless the text may end it earlier.
+            eager = bool(request.stream or request.stop_strings)
+            submission = await self.loop.submit(wanted, eager=eager, observe=observe)
         except (ValueError, TypeError) as error:
             raise ApiError.bad_value(error) from None
         except (Overloaded, Unavailable) as error:
             raise refusal(error) from None
+        except asyncio.CancelledError:
+            self._telemetry.ended("cancelled", len(wanted))
+            raise
         answer = Answer(
             self.model_name,
             chat=isinstance(request, ChatRequest),
@@ -105,9 +116,9 @@ class Service:
             text = GrowingText(
                 self._tokenizer, request.stop_strings, stop_ids, eager=bool(request.stream), continues=echo
             )
-            choices.append(Choice(index, text, [self._text(ids)] if echo else []))
+            choices.append(Choice(index, text, request.wants_logprobs, [self._text(ids)] if echo else []))
         self._telemetry.prompt_tokens(sum(len(ids) for ids, _ in wanted))
-        return Job(submission, choices, answer, arrived)
+        return Job(submission, choices, answer)
 
     async def whole(self, job: Job) -> dict[str, Any]:
         """The whole answer.
@@ -150,17 +161,12 @@ class Service:
 
     async def _run(self, job: Job) -> AsyncIterator[Choice]:
         """Takes what the engine brings; gives each choice that has grown."""
-        heard: dict[int, float] = {}
         deadline = asyncio.get_running_loop().time() + self.limits.answer_s
         try:
-            async for index, when, output in job.submission.outputs(deadline):
+            async for index, _, output in job.submission.outputs(deadline):
                 choice = job.choices[index]
                 if choice.take(output):
                     self.loop.abort(job.submission, index)
-                if output.new_token_ids:
-                    took = when - heard.get(index, job.arrived)
-                    self._telemetry.tokens(len(output.new_token_ids), took, when, first=index not in heard)
-                    heard[index] = when
                 if choice.finish_reason is not None:
                     self._telemetry.ended(choice.finish_reason)
                 yield choice

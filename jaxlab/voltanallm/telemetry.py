@@ -62,20 +62,21 @@ class Telemetry:
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
         self._requests = made(counter, "requests", "Answers (prompts times n) by outcome", ["outcome"])
         self._refused = made(counter, "refused", "HTTP requests answered with an error", ["status"])
-        self._tokens = made(counter, "tokens", "Tokens of prompts and of answers", ["kind"])
+        tokens = made(counter, "tokens", "Tokens of prompts and of answers", ["kind"])
         self._ttft = made(histogram, "time_to_first_token_seconds", "Request to first token", buckets=_TTFT_S)
         self._itl = made(histogram, "inter_token_latency_seconds", "From token to token", buckets=_ITL_S)
+        self._prompt_tokens, self._generated = (tokens.labels(kind) for kind in ("prompt", "generated"))
         self.registry.register(self)
         for outcome in ("stop", "length", "cancelled", "failed"):
             self._requests.labels(outcome)
 
     def prompt_tokens(self, count: int) -> None:
         """Prompts have come."""
-        self._tokens.labels("prompt").inc(count)
+        self._prompt_tokens.inc(count)
 
     def tokens(self, count: int, seconds: float, when: float, *, first: bool) -> None:
         """Tokens of one answer have come, so long after the request or after those before."""
-        self._tokens.labels("generated").inc(count)
+        self._generated.inc(count)
         self.generated += count
         if first:
             self._ttft.observe(seconds)

@@ -30,6 +30,20 @@ def toy_engine(**options):
     return Engine(model, params, SIZES, **options)
 
 
+class Slowed:
+    """An engine whose steps take at least so long, so that what happens meanwhile is sure to happen meanwhile."""
+
+    def __init__(self, engine, seconds=0.01):
+        self._engine, self._seconds = engine, seconds
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def step(self):
+        time.sleep(self._seconds)
+        return self._engine.step()
+
+
 def chat_tokenizer(folder):
     """Bytes, with a chat template, as a folder of files would bring it."""
     ByteTokenizer().save_pretrained(folder)

@@ -1,5 +1,7 @@
 """Who sets the clocks: controllers fed by an engine's iterations, operators by HTTP, nobody where a GPU refuses."""
 
+import time
+
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra 'serving' is not installed")
@@ -192,21 +194,30 @@ def test_control_by_http(engine):
         assert (got.status_code, got.json()["error"]["param"]) == (400, "mode")
 
 
+class Timed:
+    """An engine, and how long its steps take."""
+
+    def __init__(self, engine):
+        self._engine, self.seconds = engine, []
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def step(self):
+        started = time.monotonic()
+        outputs = self._engine.step()
+        self.seconds.append(time.monotonic() - started)
+        return outputs
+
+
 def test_a_simulated_clock_takes_its_time(engine):
-    gpu = SimulatedGPU((50, 1410), switch_ms=0.0)
-    body = {"model": MODEL, "prompt": [7], "max_tokens": 10, "temperature": 0}
-    with live(engine, gpu=gpu) as (app, client):
-
-        def milliseconds():
-            summary = app.state.telemetry.itl
-            summary._values.clear()
-            client.post("/v1/completions", json=body)
-            return summary.summary(None)["p50_ms"]
-
-        milliseconds()
-        fast = milliseconds()
-        client.post("/control/freq", json={"mode": "set", "freq_mhz": 50})
-        assert milliseconds() > 3 * fast  # 12 times, on a quiet machine
+    timed = Timed(engine)
+    with live(timed, gpu=SimulatedGPU((200, 1410), switch_ms=0.0)) as (app, client):
+        client.post("/control/freq", json={"mode": "set", "freq_mhz": 200})
+        ask(client, [7], max_tokens=10)
+        waited = [seconds for _, seconds in app.state.telemetry.itl._values]
+    assert len(waited) == 9
+    assert sum(waited) >= slowdown("decode", 200, 1410) * sum(timed.seconds[-9:]) > 0
 
 
 def test_workers_behind_one_server(engine):

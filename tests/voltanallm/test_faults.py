@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jaxlab.inference import StepOutput
 from jaxlab.voltanallm import Limits, create_app, serve, served
 from jaxlab.voltanallm.engine_loop import EngineLoop, Unavailable
-from tests.voltanallm.servers import MODEL, SIZES, ask, events, live, until
+from tests.voltanallm.servers import MODEL, SIZES, Slowed, ask, events, live, until
 
 LONG = {"prompt": [7], "max_tokens": 100}
 
@@ -50,7 +50,7 @@ def raises(engine):
     def step():
         if arm.is_set():
             raise MemoryError("no memory is left")
-        time.sleep(0.002)
+        time.sleep(0.01)
         return engine.step()
 
     yield Broken(engine, step), arm
@@ -115,7 +115,7 @@ def test_a_lost_request_is_told_once(engine, free_pages):
 
 
 def test_as_many_as_are_let_in(engine, free_pages):
-    with live(engine, limits=Limits(requests=3)) as (app, client):
+    with live(Slowed(engine), limits=Limits(requests=3)) as (app, client):
         threads, results = together(3, lambda index: ask(client, **LONG))
         until(lambda: app.state.engine_loop.under_way == 3)
         got = ask(client)
@@ -220,7 +220,7 @@ def test_serve_ends_cleanly(engine, free_pages):
 
     thread = threading.Thread(target=use)
     thread.start()
-    serve(create_app(engine, model_name=MODEL, warm=False), port=port, log_level="critical")
+    serve(create_app(Slowed(engine), model_name=MODEL, warm=False), port=port, log_level="critical")
     thread.join(30)
     assert results[-2:] == ["data: [DONE]", ""]
 
