@@ -135,6 +135,7 @@ class EngineLoop:
         self.ready = threading.Event()
         self.snapshot: tuple[Any, int, int] | None = None
         self._engine, self._controls = engine, controls
+        self._apart = hasattr(engine, "drain_metrics")  # its workers go on by themselves, and tell of it later
         self._warm, self._max_requests = warm, max_requests
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._rows: dict[Any, tuple[Submission, int]] = {}  # by the engine's id; its thread only
@@ -272,6 +273,8 @@ class EngineLoop:
                     continue
                 if self._controls is not None:
                     self._controls.idle()
+                if self._apart:
+                    self._look()
                 self._follow_orders(_IDLE_S)
         except BaseException as error:
             _LOG.exception("the engine failed")
