@@ -140,8 +140,8 @@ def _decode(config: PlanConfig, model: Any, whole: Any) -> tuple[Any, tuple[Any,
 
     def step(params, pool, ids, positions, table, seeds, sampling, report):
         draws = programs.Draws(seeds, jax.tree.unflatten(form, sampling), report)
-        drawn, positions, pool = programs.decode(model, params, pool, ids, positions, table, draws, replicated=whole)
-        return drawn.ids, drawn.logps, positions, pool
+        drawn, pool = programs.decode(model, params, pool, ids, positions, table, draws, replicated=whole)
+        return drawn.ids, drawn.logps, pool
 
     report = jax.ShapeDtypeStruct((), jnp.bool_)
     return step, (_ids(rows), _ids(rows), _ids(rows, width), _ids(rows), sampling, report)
