@@ -18,7 +18,7 @@ ANSWERED, LEFT, LOST, WRONG = "answered", "disconnected", "lost", "other tokens"
 REFUSED = (400, 404, 413, 429, 503)
 """What a server may say instead of an answer; anything else is a request lost."""
 
-_QUIET_S = 60.0  # for a server to come to rest
+_QUIET_S = 120.0  # for a server to come to rest
 _ANSWER_S = 120.0  # for an answer, after which a request counts as lost
 
 

@@ -106,7 +106,7 @@ def at_rest(served_workers):
 @pytest.fixture(autouse=True)
 def nothing_leaks(served_workers):
     yield
-    until(functools.partial(at_rest, served_workers), 60)
+    until(functools.partial(at_rest, served_workers), 120)
 
 
 def all_at_once(client, bodies):
