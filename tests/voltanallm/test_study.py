@@ -25,13 +25,15 @@ def test_the_study_begins(trace):
 
 
 def test_pictures(trace):
-    curve = [(10, 30.0, 29.0, 31.0), (50, 20.0, 19.0, 21.0)]
-    figure = pictures.savings({"a": curve, "b": curve}, "theirs", {50: 25.0})
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b", "theirs"]
+    curve = [(10, 30.0, 29.0, 31.0, True), (50, 20.0, 19.0, 21.0, False)]
+    figure = pictures.savings({"a": curve, "b": curve}, "late", "theirs", {50: 25.0})
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b", "late", "theirs"]
     figure = pictures.attainments({"TTFT": {"a": curve}, "ITL": {"a": curve}})
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["TTFT", "ITL"]
-    figure = pictures.frontier({"a": [(90.0, 30.0), (99.0, 20.0)]}, {"a": (95.0, 25.0), "b": (80.0, 10.0)})
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "1  b"]
+    figure = pictures.frontier(
+        {"a": [(90.0, 30.0), (99.0, 20.0)]}, {"a": (95.0, 25.0, True), "b": (80.0, 10.0, False)}, "late"
+    )
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "1  b", "late"]
     result = study._simulator(study.ECO_ROUTE, trace, 0).run(record=True)
     figure = pictures.clocks(trace, result, start=1.0, stop=2.0, tile=64)
     assert [axes.get_ylabel() for axes in figure.axes] == ["arrivals/s", "requests in the batch", "clock, MHz"]

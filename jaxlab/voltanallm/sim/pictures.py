@@ -9,29 +9,34 @@ from jaxlab.core.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, figure
 from jaxlab.voltanallm.sim.metrics import SimResult
 from jaxlab.voltanallm.sim.traces import Trace
 
-Curve = Sequence[tuple[float, float, float, float]]
-"""(load, mean, low, high), by load."""
+Curve = Sequence[tuple[float, float, float, float, bool]]
+"""(load, mean, low, high, whether the objectives are kept), by load."""
 
 
-def savings(curves: Mapping[str, Curve], reference: str, points: Mapping[float, float]) -> Any:
-    """Per cent of the energy saved by load, with intervals; `points` are somebody else's, load -> per cent."""
+def savings(curves: Mapping[str, Curve], missed: str, reference: str, points: Mapping[float, float]) -> Any:
+    """Per cent of the energy saved by load, with intervals.
+
+    Args:
+      curves: by controller.
+      missed: what it means that objectives are not kept; such points are hollow.
+      reference: whose `points` are.
+      points: load -> per cent saved.
+    """
     drawn, axes = figure(8.8, 4.2)
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
         _line(axes, name, curve, colour)
-    axes.scatter(
-        list(points), list(points.values()), s=90, facecolor="none", edgecolor="#222222", linewidth=1.4, zorder=5,
-        label=reference,
-    )  # fmt: skip
+    axes.scatter([], [], s=22, facecolor="white", edgecolor="#222222", label=missed)
+    axes.scatter(list(points), list(points.values()), s=110, marker="*", color="#222222", zorder=5, label=reference)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("requests a second")
     axes.set_ylabel("energy saved, %")
-    _legend(axes)
+    axes.legend(frameon=False, fontsize=8.5, loc="lower left")
     return drawn
 
 
 def attainments(panels: Mapping[str, Mapping[str, Curve]]) -> Any:
     """Per cent within the objective by load; one panel each."""
-    drawn, first = figure(10.4, 3.8)
+    drawn, first = figure(10.4, 4.2)
     first.remove()
     grid = drawn.add_gridspec(1, len(panels))
     for place, (title, curves) in enumerate(panels.items()):
@@ -44,21 +49,36 @@ def attainments(panels: Mapping[str, Mapping[str, Curve]]) -> Any:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("requests a second")
         axes.set_ylabel("within the objective, %")
-    _legend(axes)
+        if not place:
+            axes.legend(frameon=False, fontsize=8, loc="lower left")
     return drawn
 
 
-def frontier(curves: Mapping[str, Sequence[tuple[float, float]]], points: Mapping[str, tuple[float, float]]) -> Any:
-    """Saving against attainment, both in per cent: families of settings as lines, others as numbered dots."""
-    drawn, axes = figure(9.2, 5.0)
+def frontier(
+    curves: Mapping[str, Sequence[tuple[float, float]]], points: Mapping[str, tuple[float, float, bool]], missed: str
+) -> Any:
+    """Saving against tokens in time, both in per cent.
+
+    Args:
+      curves: families of settings, each (tokens in time, saved), as lines.
+      points: others, (tokens in time, saved, whether the other objective is kept), as numbered dots.
+      missed: what it means that it is not; such dots are hollow.
+    """
+    drawn, axes = figure(9.2, 5.2)
     for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
-        axes.plot(*zip(*curve), color=colour, linewidth=1.8, marker="o", markersize=4, label=name, zorder=3)
+        late, saved = zip(*((100 - kept, saved) for kept, saved in curve))
+        axes.plot(late, saved, color=colour, linewidth=1.8, marker="o", markersize=4, label=name, zorder=3)
     others = sorted((place, name) for name, place in points.items() if name not in curves)
-    for number, ((kept, saved), name) in enumerate(reversed(others), 1):
-        axes.scatter(kept, saved, s=150, color=GREY, edgecolor="white", linewidth=0.8, zorder=2)
-        axes.annotate(str(number), (kept, saved), color="white", fontsize=7, ha="center", va="center", zorder=2)
-        axes.scatter([], [], color=GREY, s=24, label=f"{number}  {name}")
-    axes.set_xlabel("tokens within the objective, %")
+    for number, ((kept, saved, fine), name) in enumerate(reversed(others), 1):
+        face, ink = (GREY, "white") if fine else ("white", "#222222")
+        axes.scatter(100 - kept, saved, s=150, facecolor=face, edgecolor=GREY, linewidth=0.8, zorder=2)
+        axes.annotate(str(number), (100 - kept, saved), color=ink, fontsize=7, ha="center", va="center", zorder=2)
+        axes.scatter([], [], facecolor=face, edgecolor=GREY, s=24, label=f"{number}  {name}")
+    axes.scatter([], [], facecolor="white", edgecolor=GREY, s=24, label=missed)
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("tokens later than the objective, %")
     axes.set_ylabel("energy saved, %")
     _legend(axes, fontsize=7.5)
     return drawn
@@ -100,8 +120,9 @@ def clocks(trace: Trace, result: SimResult, *, start: float, stop: float, tile: 
 
 
 def _line(axes: Any, name: str, curve: Curve, colour: str) -> None:
-    load, mean, low, high = np.array(curve).T
-    axes.plot(load, mean, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name)
+    load, mean, low, high, kept = np.array(curve).T
+    axes.plot(load, mean, color=colour, linewidth=1.8, label=name)
+    axes.scatter(load, mean, s=22, color=np.where(kept > 0, colour, "white"), edgecolor=colour, zorder=3)
     axes.fill_between(load, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
