@@ -225,14 +225,14 @@ def _staircase_row(phase: str) -> dict[str, Any]:
     row = {
         "phase": phase,
         "iterations": len(samples),
-        "ms, least": min(samples.ms),
-        "ms, most": max(samples.ms),
+        "ms, least": float(min(samples.ms)),
+        "ms, most": float(max(samples.ms)),
         "error held out": float(np.mean(errors)),
         "allowed": STAIRCASE_LIMIT,
         "load average": busy,
     }
     if phase == "decode":
-        row["largest step, batch"] = max(edges, key=lambda edge: medians[edge[1]] / medians[edge[0]])[0]
+        row["largest step, batch"] = int(max(edges, key=lambda edge: medians[edge[1]] / medians[edge[0]])[0])
         row["its height"] = max(medians[over] / medians[under] for under, over in edges) - 1
     return row
 
