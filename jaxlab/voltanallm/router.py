@@ -91,20 +91,23 @@ Workers = Sequence[Worker]
 class Router:
     """Chooses a worker from the states it is given; it keeps nothing but its place in the round and its random stream.
 
+    The policies:
+
+    - "rr": one after the other, the first worker first.
+    - "ln": fewest in flight.
+    - "ll": least load.
+    - "hfl": among those whose last latency is within 0.8 of the objective the highest clock, then the most in flight;
+      if there are none, the lowest last latency.
+    - "tile_aware": below `tile` in flight everywhere, the lowest clock, then the fewest in flight; else the fullest
+      worker that does not open another tile.
+    - "state_space": the worker whose clock need not rise.
+    - "energy_diff": the least predicted energy of an iteration with the request at the lowest feasible clock, minus
+      that of one without it at the present clock (in the official code, unused).
+    - "min_delta_energy": the same difference with both at their feasible clock of least energy (ours).
+    - "random": uniformly (the paper's choice of a prefill worker).
+
     Args:
-      policy: one of `POLICIES`:
-        "rr": one after the other, the first worker first;
-        "ln": fewest in flight;
-        "ll": least load;
-        "hfl": among those whose last latency is within 0.8 of the objective the highest clock, then the most in flight;
-          if there are none, the lowest last latency;
-        "tile_aware": below `tile` in flight everywhere, the lowest clock, then the fewest in flight; else the fullest
-          worker that does not open another tile;
-        "state_space": the worker whose clock need not rise;
-        "energy_diff": the least predicted energy of an iteration with the request at the lowest feasible clock, minus
-          that of one without it at the present clock (in the official code, unused);
-        "min_delta_energy": the same difference with both at their feasible clock of least energy (ours);
-        "random": uniformly (the paper's choice of a prefill worker).
+      policy: one of `POLICIES`.
       table: of decode latency; "state_space", "energy_diff" and "min_delta_energy" need it.
       energy_table: of decode energy; the last two need it.
       slo_ms: objective of the inter-token latency; those three and "hfl" need it.
