@@ -50,6 +50,9 @@ class Engine:
         tokenizer: gives `text`, looks for stop strings, and adds its `eos_token_id` to the stop ids.
         mesh: spreads parameters by `DEFAULT_RULES`, and heads, of the pages too, over its "tensor" axis.
 
+    Attributes:
+        on_metrics: is called with the metrics of each step before it computes anything; None: nobody is.
+
     Raises:
         ValueError: key and value heads that the "tensor" axis does not divide.
     """
@@ -80,6 +83,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = itertools.count(int.from_bytes(os.urandom(4), "little"))
         self._metrics = IterationMetrics(time.monotonic(), 0, 0, 0, 0)
+        self.on_metrics: Callable[[IterationMetrics], None] | None = None
 
     @classmethod
     def from_pretrained(
@@ -306,6 +310,8 @@ class Engine:
         """One step of what lives."""
         plan = self._scheduler.schedule()
         self._metrics = self._measured(plan.chunks, plan.decoded)
+        if self.on_metrics is not None:
+            self.on_metrics(self._metrics)
         drawn = []
         if plan.chunks:  # before the decoding, which may read pages that these fill
             logits = self._runner.read(plan.chunks)

@@ -8,7 +8,7 @@ whether it lives in the caller's process or in one of its own. The events:
     "received", key, bytes              its pages are here
     "lost", key, message, peer_lost     its pages did not come
     "refused", key, message             the engine would not take it
-    "metrics", IterationMetrics         one iteration
+    "metrics", IterationMetrics         one iteration: of prefill before it computes, so that a clock can still follow
     "stats", WorkerStats                after whatever changed them
 
 A key names one attempt at a request.
@@ -85,13 +85,13 @@ class Worker:
         self._last_itl_ms = 0.0
         self._keys: dict[int, str] = {}  # engine's name of a request -> ours
         self._ids: dict[str, int] = {}
-        self._held: list[tuple[Any, ...]] = []  # events of an iteration that is not over yet
+        self._held: list[tuple[Any, ...]] | None = None  # events of an iteration that is not over yet
         self._started = self._took_s = self._over_at = 0.0  # of the latest iteration
 
     @property
     def idle_s(self) -> float:
         """How long nothing needs to be done, if nothing is told: infinite where only others can change that."""
-        if self._held:
+        if self._held is not None:
             return max(0.0, self._over_at - time.monotonic())
         return 0.0 if self._has_work() else float("inf")
 
@@ -102,7 +102,7 @@ class Worker:
 
     def step(self) -> bool:
         """Does what can be done without waiting; whether anything was."""
-        if self._held:
+        if self._held is not None:
             if time.monotonic() < self._over_at:
                 return False
             self._tell()
@@ -111,10 +111,12 @@ class Worker:
             return False
         started = time.monotonic()
         self._held = self._iterate()
-        if self._held:
-            self._started, self._took_s = started, time.monotonic() - started
-            self._over_at = started + self._pace * self._took_s
-        if self._pace == 1 or not self._held:
+        if self._held is None:
+            self.tell_stats()
+            return True
+        self._started, self._took_s = started, time.monotonic() - started
+        self._over_at = started + self._pace * self._took_s
+        if self._pace == 1:
             self._tell()
         return True
 
@@ -145,16 +147,16 @@ class Worker:
     def _has_work(self) -> bool:
         return self.engine.has_work
 
-    def _iterate(self) -> list[tuple[Any, ...]]:
+    def _iterate(self) -> list[tuple[Any, ...]] | None:
+        """An iteration and its events; None if there was nothing to compute."""
         raise NotImplementedError
 
     def _load(self) -> int:
         raise NotImplementedError
 
     def _tell(self) -> None:
-        events, self._held = self._held, []
-        if events:
-            self._last_itl_ms = 1e3 * (self._over_at - self._started)
+        events, self._held = self._held or (), None
+        self._last_itl_ms = 1e3 * (self._over_at - self._started)
         self.tell_stats()  # first: who hears of a request's end finds its pages free
         for event in events:
             self.emit(*event)
@@ -184,6 +186,7 @@ class PrefillWorker(Worker):
         super().__init__(engine, transfer, emit)
         self._max_held_bytes = max_held_bytes
         self._waiting: dict[str, int] = {}  # prompt tokens
+        engine.on_metrics = lambda metrics: emit("metrics", metrics)
 
     def add(self, key: str, ids: Sequence[int], sampling: SamplingParams) -> None:
         """Queues a prompt."""
@@ -219,7 +222,7 @@ class PrefillWorker(Worker):
             self._forget(key)
             if output.finish_reason is None:
                 events.append(("offered", key, self.transfer.send(key, self.engine.take(output.request_id))))
-        return [("metrics", self.engine.metrics()), *events]
+        return events
 
     def _load(self) -> int:
         return sum(self._waiting.values())
@@ -307,12 +310,12 @@ class DecodeWorker(Worker):
         fits = first.pages <= self.engine.free_pages - kept or not (kept or self.engine.has_work)
         return first if fits else None
 
-    def _iterate(self) -> list[tuple[Any, ...]]:
+    def _iterate(self) -> list[tuple[Any, ...]] | None:
         self._arrive()
         self._admit()
         self._allocate()
         if not self.engine.has_work:
-            return []
+            return None
         events: list[tuple[Any, ...]] = []
         for output in self.engine.step():
             if output.request_id not in self._keys:  # aborted

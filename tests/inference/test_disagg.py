@@ -457,6 +457,23 @@ def test_routes_see_the_workers_and_choose(model, params, greedy):
         assert not engine.has_work
 
 
+def test_prefill_tells_before_it_computes(model, params, monkeypatch):
+    """So that a clock can follow the batch that is about to run."""
+    with DisaggregatedEngine.local(model, params, CONFIG) as engine:
+        own, seen = worker(engine, "prefill-0")._role.engine, []
+        read = own._runner.read
+
+        def watched(chunks):
+            seen.append(engine.drain_metrics("prefill-0"))
+            return read(chunks)
+
+        monkeypatch.setattr(own._runner, "read", watched)
+        engine.generate(PROMPTS[:1], GREEDY)
+        ((metrics,),) = seen
+        assert (metrics.running, metrics.tokens) == (1, len(PROMPTS[0]))
+        assert engine.drain_metrics("prefill-0") == []
+
+
 def test_pace(model, params, monkeypatch):
     """A paced worker's iterations take longer, and nobody waits for it."""
     with DisaggregatedEngine.local(model, params, CONFIG) as engine:
