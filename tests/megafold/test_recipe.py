@@ -205,7 +205,7 @@ def test_plans_tell_what_fits(monkeypatch):
     found = plans._longest_row("h100", "all", 1)
     assert (found["longest crop"], found["total"], found["room"]) == (576, 72, 72.81)
     names = [item.name for item in plans.items()]
-    assert len(set(names)) == len(names) == 4 * 6 + 2 * 4
+    assert len(set(names)) == len(names) == 4 * 6 + 2 * 2 + 2
 
 
 def test_the_laptops_config_is_the_tours():
