@@ -1,6 +1,7 @@
 """The simulated cluster: timelines by hand and against workers followed one by one, books that balance, bad inputs."""
 
 import dataclasses
+import functools
 from fractions import Fraction
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_the_books_balance(given, shape, policy, controller, seed, until):
     kind, switch = controller
     rows = [(at / 256, prompt, output) for at, (_, prompt, output) in zip(np.cumsum([r[0] for r in given]), given)]
     cluster = ClusterConfig(*shape, **(FREE | {"switch_ms": switch}), kv_tokens=700)
-    run = lambda: simulate(rows, cluster, policy, control(kind), models(0.1), seed, until)  # noqa: E731
+    run = functools.partial(simulate, rows, cluster, policy, control(kind), models(0.1), seed, until)
     result = run()
     arrived = sum(until is None or row[0] <= until for row in rows)
     assert result.num_done + result.num_aborted == arrived
