@@ -1,13 +1,13 @@
 """Markers, what becomes of answers at them, and their effect under samplers that are known."""
 
 import random
-import time
 
 import numpy as np
 import pytest
 
 from jaxlab.vlm_scaling import aha
 from jaxlab.vlm_scaling.samples import Question, Sample
+from tests.timing import within
 
 Q = Question("q", "What?", "7")
 
@@ -46,9 +46,8 @@ def test_own_markers():
 
 @pytest.mark.parametrize("piece", ["wait ", "<think>", "</think>", "let me ", "i will ", "a", "\n", "that's ", "1 "])
 def test_hostile_texts_take_linear_time(piece, unchecked):
-    start = time.process_time()
-    aha.find(piece * 30_000)
-    assert time.process_time() - start < 2.0
+    with within(2.0):
+        aha.find(piece * 30_000)
 
 
 def test_outcomes():

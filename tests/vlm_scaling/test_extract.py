@@ -1,13 +1,12 @@
 """What is taken for the answer, by our rules and by the tools', and that no text can make it slow."""
 
-import time
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlab.vlm_scaling import extract
 from tests.oracles import answer_rules as oracle
+from tests.timing import within
 
 COLOURS = {"A": "red", "B": "blue", "C": "dark red", "D": "12"}
 PIECES = ["A", "B", "C", "E", "(B)", "C.", "D:", "A)", " ", "\n", "red", "blue", "x", "Z", ".", "'", "!", "**"]
@@ -138,13 +137,10 @@ HOSTILE += ["1,234", ",234", "1e", "1.", "blue,"]
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_texts_take_linear_time(piece, unchecked):
     text = "so 1" + piece * (60_000 // len(piece)) + "5x"
-    start = time.process_time()
-    for style in ("jaxlab", "lmms-eval", "vlmevalkit", "vlmevalkit-regex"):
-        for choices in (None, COLOURS):
-            extract.extract(text, choices=choices, style=style)
-    assert (
-        time.process_time() - start < 1.0
-    )  # some hundredths of a second in truth; the square of the length would be minutes
+    with within(1.0):  # some hundredths of a second in truth; the square of the length would be minutes
+        for style in ("jaxlab", "lmms-eval", "vlmevalkit", "vlmevalkit-regex"):
+            for choices in (None, COLOURS):
+                extract.extract(text, choices=choices, style=style)
 
 
 def test_bad_arguments(unchecked):

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from jaxlab.vlm_scaling import images, verify
 from jaxlab.vlm_scaling.samples import Question, Sample
+from tests.timing import within
 
 RED, BLUE = (np.full((4, 6, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200)))
 QUESTIONS = [
@@ -61,10 +61,9 @@ def test_any_text_has_a_verdict_or_none(text):
 
 @pytest.mark.parametrize("piece", ["yes ", "is ", ": ", "not ", "\n", "*", "10/", "is not ", "9."])
 def test_hostile_verdicts_take_linear_time(piece):
-    start = time.process_time()
-    verify.parse_verdict(piece * 50_000 + "x")
-    verify.parse_score(piece * 50_000 + "x")
-    assert time.process_time() - start < 1.0
+    with within(1.0):
+        verify.parse_verdict(piece * 50_000 + "x")
+        verify.parse_score(piece * 50_000 + "x")
 
 
 def test_grades_are_read():
