@@ -15,13 +15,14 @@ class Op:
     Attributes:
       name: of the op.
       what: one sentence.
-      function: (*args, implementation=...) -> array, or arrays where it has no gradient.
+      function: (*args, implementation=...) -> array or arrays.
       implementations: names that run on a CPU.
       peer: the one to which times are compared.
       gpu_implementations: names compiled for GPUs.
       arrays: CPU inputs, float32.
       shape: those in words.
-      oracle: (*args, cotangent) -> value and gradients, float64; without gradients (*args) -> values.
+      oracle: (*args, cotangent) -> values and gradients, float64; without gradients (*args) -> values. A function of
+        several arrays has as many cotangents, in a tuple.
       differentiate: positions of the arguments with gradients; none for an op that has no gradient.
       gpu_shapes: arguments and, last, the cotangent (if there are gradients) of the programs compiled for GPUs.
       gpu_shape: those in words.

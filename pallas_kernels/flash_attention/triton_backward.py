@@ -6,6 +6,7 @@ it, those of all heads of the group, and gives dk and dv. One program takes a wh
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,14 +42,13 @@ def backward(
     causal: bool,
     window: int | None,
     scale: float,
-    tiles: tuple[Tiles, Tiles] | None = None,
+    tiles: tuple[Tiles | None, Tiles | None] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b t h d"], Float[Array, "b s hkv d"], Float[Array, "b s hkv d"]]:
     """Gradients of q, k and v, from what `triton.forward` gave; `tiles` for dq, and for dk and dv."""
     check(interpret, q)
-    rows_tiles, keys_tiles = tiles or (_ROWS_TILES, _KEYS_TILES)
-    rules = {"causal": causal, "window": window, "scale": scale}
-    problem = Problem.of(q, k, tiles=rows_tiles, **rules)
+    rows_tiles, keys_tiles = tiles or (None, None)
+    problem = Problem.of(q, k, causal=causal, window=window, scale=scale, tiles=rows_tiles or _ROWS_TILES)
     dq, delta = pl.pallas_call(
         functools.partial(_rows_kernel, problem=problem),
         out_shape=(output_like(q.shape, q.dtype, q), output_like(lse.shape, jnp.float32, q)),
@@ -57,16 +57,40 @@ def backward(
         interpret=interpret,
         name="flash_attention_dq",
     )(q, k, v, ids, problem.seen_tiles(ids, axis=1), out, lse, d_out)
-    problem = Problem.of(q, k, tiles=keys_tiles, **rules)
-    dk, dv = pl.pallas_call(
+    given = (q, k, v, ids, lse, delta, d_out)
+    rules = {"causal": causal, "window": window, "interpret": interpret}
+    return dq, *key_gradients(*given, scale=scale, tiles=keys_tiles, **rules)
+
+
+def key_gradients(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s hkv d"],
+    v: Float[Array, "b s hkv d"],
+    ids: Ids,
+    lse: Float[Array, "b h t"],
+    delta: Float[Array, "b h t"],
+    d_out: Float[Array, "b t h d"],
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    d_map: Float[Array, "b t s"] | None = None,
+    tiles: Mapping[tuple[int, int], Tiles] | Tiles | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b s hkv d"], Float[Array, "b s hkv d"]]:
+    """Gradients of k and v; `delta` is the mean of a row's gradients of its weights, weighted by them.
+
+    `d_map` is the cotangent of the mean over heads of the weights, where there is one.
+    """
+    problem = Problem.of(q, k, causal=causal, window=window, scale=scale, tiles=tiles or _KEYS_TILES)
+    return pl.pallas_call(
         functools.partial(_keys_kernel, problem=problem),
         out_shape=(output_like(k.shape, k.dtype, q), output_like(k.shape, k.dtype, q)),
         grid=(problem.batch * problem.kv_heads * problem.key_tiles,),
         compiler_params=plt.CompilerParams(num_warps=problem.tiles.warps, num_stages=problem.tiles.stages),
         interpret=interpret,
         name="flash_attention_dkv",
-    )(q, k, v, ids, problem.seen_tiles(ids, axis=2), lse, delta, d_out)
-    return dq, dk, dv
+    )(q, k, v, ids, problem.seen_tiles(ids, axis=2), lse, delta, d_out, d_map)
 
 
 def _rows_kernel(
@@ -118,6 +142,7 @@ def _keys_kernel(
     lse_ref: Any,
     delta_ref: Any,
     d_out_ref: Any,
+    d_map_ref: Any,
     dk_ref: Any,
     dv_ref: Any,
     *,
@@ -142,6 +167,9 @@ def _keys_kernel(
         weights = jnp.exp2(logits - offset[None, :])
         dv += dot(weights.astype(q.dtype), d_out, 0)
         d_weights = dot(values, d_out, 1)
+        if d_map_ref is not None:
+            d_map = problem.load_map(d_map_ref, batch, rows, column)
+            d_weights += d_map.T * (1 / (problem.kv_heads * problem.group))
         dk += dot((weights * (d_weights - delta[None, :])).astype(q.dtype), q, 0)
         return dk, dv
 

@@ -10,7 +10,7 @@ Letters: B batch, T queries, S keys, H and Hkv heads, G = H / Hkv, D head size, 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -83,12 +83,19 @@ class Problem:
 
     @classmethod
     def of(
-        cls, q: Array, k: Array, *, causal: bool, window: int | None, scale: float, tiles: dict[Any, Tiles] | Tiles
+        cls,
+        q: Array,
+        k: Array,
+        *,
+        causal: bool,
+        window: int | None,
+        scale: float,
+        tiles: Mapping[tuple[int, int], Tiles] | Tiles,
     ) -> "Problem":
         """Of arrays q `[B,T,H,D]` and k `[B,S,Hkv,D]`; `tiles` by (bytes of an element, padded head size)."""
         (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
         group = heads // kv_heads
-        if isinstance(tiles, dict):
+        if not isinstance(tiles, Tiles):
             tiles = tiles[q.dtype.itemsize, max(64, _power_of_two(dim))]
         tiles = dataclasses.replace(
             tiles,
@@ -148,6 +155,16 @@ class Problem:
         feature = self._features()
         where = (batch, column[:, None], kv_head, feature[None, :])
         store(ref, where, value, upright(self._real(column)), self._inside(feature))
+
+    def load_map(self, ref: Any, batch: Array, rows: Rows, column: Array) -> Array:
+        """[R, C] of a `[B,T,S]` array; zeros outside."""
+        where = (batch, rows.token[:, None], column[None, :])
+        return load(ref, where, upright(rows.real), flat(self._real(column)))
+
+    def store_map(self, ref: Any, batch: Array, rows: Rows, column: Array, value: Array) -> None:
+        """Writes what `load_map` would read."""
+        where = (batch, rows.token[:, None], column[None, :])
+        store(ref, where, value, upright(rows.real), flat(self._real(column)))
 
     def _features(self) -> Array:
         return jnp.arange(max(16, _power_of_two(self.dim)), dtype=jnp.int32)
