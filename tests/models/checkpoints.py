@@ -31,6 +31,14 @@ def vlm_golden():
     return made | {"weights": {name.removeprefix("weights/"): value for name, value in weights.items()}}
 
 
+def tower_golden(name):
+    """What the torch pass of `benchmarks.perception_parity.TOWERS[name]` gave."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        made = {key: file[key] for key in file.files if "/" not in key and key != "config"}
+        weights = {key.removeprefix("weights/"): file[key] for key in file.files if key.startswith("weights/")}
+        return made | {"config": json.loads(str(file["config"])), "weights": weights}
+
+
 def write(folder, name="llama", change=None, dtype=np.float32):
     """A Hugging Face folder; `change(weights)` may edit the weights first."""
     made = golden(name)
