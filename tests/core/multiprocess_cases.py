@@ -98,7 +98,9 @@ def case_damage_is_an_error_in_every_process(folder):
     checkpointer.save(0, state)
     if distributed.is_main():
         largest = max((folder / "checkpoints" / "0").rglob("*.ocdbt"), key=lambda path: path.stat().st_size)
-        largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+        content = bytearray(largest.read_bytes())
+        content[-1] ^= 1
+        largest.write_bytes(content)
     sync_global_devices("damaged")
     with pytest.raises(CheckpointError, match=r"checkpoints, step 0"):
         checkpointer.restore(state)

@@ -119,6 +119,6 @@ def test_every_shared_file_is_registered():
     there = {
         str(path.relative_to(_SHARED)) for path in _SHARED.rglob("*") if path.is_file() and path.name != "README.md"
     }
-    assert there == set(data.registry())
+    assert there <= set(data.registry())
     for folder in ("af3", "math", "splats", "traces"):
         assert data_path(folder, download=False) == _SHARED / folder  # checks every SHA-256
