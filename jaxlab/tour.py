@@ -35,6 +35,8 @@ RECIPES: dict[str, str] = {
     "eaglet": "jaxlab.eaglet.recipe:configs/eaglet/laptop.yaml",
     "vlm_scaling": "jaxlab.vlm_scaling.recipe:configs/vlm_scaling/laptop.yaml",
     "voltanallm": "jaxlab.voltanallm.recipe:configs/voltanallm/laptop.yaml",
+    "instantedit": "jaxlab.instantedit.recipe:configs/instantedit/laptop.yaml",
+    "flexgaussian": "jaxlab.flexgaussian.recipe:configs/flexgaussian/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 
