@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from jaxlab.models.words import word_tokenizer
 
 STAGES = ("teacher", "student", "controlnet")
 PACKAGED = Path(__file__).with_name("packaged") / "editor"
-"""The editor that comes with the package: a diffusers folder without a VAE, and the training's `metrics.jsonl`."""
+"""The editor that comes with the package: a diffusers folder without a VAE, and the log of its training."""
 
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 
@@ -253,7 +253,10 @@ class SmallEditor:
         return core.jsonl.read(self.folder / name / "metrics.jsonl")
 
     def save(self, folder: str | os.PathLike, *, dtype: str = "float16") -> None:
-        """Writes the student, the ControlNet and what reads prompts as a diffusers folder without a VAE."""
+        """Writes the student, the ControlNet and what reads prompts as a diffusers folder without a VAE.
+
+        `training.json` there has the configuration, and each stage's mean loss over every 50 steps.
+        """
         from jaxlab.models.sd.save_diffusers import save_network
 
         folder = Path(folder)
@@ -273,6 +276,8 @@ class SmallEditor:
             "num_time_windows": schedule.num_windows,
         }
         core.replace_file(folder / "scheduler" / "scheduler_config.json", json.dumps(told, indent=1) + "\n")
+        log = {"config": core.to_dict(self.config), **{name: _thinned(self.history(name)) for name in STAGES}}
+        core.replace_file(folder / "training.json", json.dumps(log) + "\n")
 
     def teacher_network(self, steps: int) -> EditorNetwork:
         """The teacher, and the ControlNet, for edits of so many steps, DDIM's: each has a window of its own."""
@@ -328,6 +333,14 @@ class SmallEditor:
             frozen=teacher,
         )
         return {"controlnet": params}, loss
+
+
+def _thinned(history: Sequence[Mapping[str, Any]], every: int = 50) -> list[dict[str, float]]:
+    """Mean losses of so many steps each, under the last of them."""
+    parts = [history[start : start + every] for start in range(0, len(history), every)]
+    return [
+        {"step": part[-1]["step"], "loss": round(float(np.mean([row["loss"] for row in part])), 5)} for part in parts
+    ]
 
 
 def edges_of(images: UInt8[np.ndarray, "n h w 3"]) -> np.ndarray:

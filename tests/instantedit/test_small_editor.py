@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,9 @@ def test_stages_follow_one_another(tmp_path, emoji):
     assert (np.asarray(own) != np.asarray(copied)).any()
 
     editor.save(tmp_path / "saved", dtype="float32")
+    log = json.loads((tmp_path / "saved" / "training.json").read_text())
+    assert log["config"]["sizes"]["channels"] == [8, 8]
+    assert [row["step"] for row in log["teacher"]] == [2]
     pipeline = load_editor(tmp_path / "saved")
     for name, params in {"unet": student["unet"], **controlnet, "text_encoder": teacher["text_encoder"]}.items():
         jax.tree.map(np.testing.assert_array_equal, dict(pipeline.network.params[name]), params)
