@@ -21,7 +21,7 @@ from jaxlab.instantedit.small_editor import (
 )
 from jaxlab.instantedit.train_perflow import StageConfig
 
-SIZES = Sizes(channels=(8, 8), heads=2, groups=4, text_width=8, text_layers=1, hint_channels=4)
+SIZES = Sizes(channels=(8,), heads=2, groups=4, text_width=8, text_layers=1, hint_channels=4)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_stages_follow_one_another(tmp_path, emoji):
 
     editor.save(tmp_path / "saved", dtype="float32")
     log = json.loads((tmp_path / "saved" / "training.json").read_text())
-    assert log["config"]["sizes"]["channels"] == [8, 8]
+    assert log["config"]["sizes"]["channels"] == [8]
     assert [row["step"] for row in log["teacher"]] == [2]
     pipeline = load_editor(tmp_path / "saved")
     for name, params in {"unet": student["unet"], **controlnet, "text_encoder": teacher["text_encoder"]}.items():
