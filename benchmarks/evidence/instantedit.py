@@ -1,12 +1,12 @@
 """The emoji task: edits whose true outcome was never trained on, by every method on one small network trained here.
 
-The network is the one that comes with the package. Its teacher does not; it is trained in `out/evidence/instantedit`.
+The network is the one that comes with the package; `instantedit_teacher.py` has the one it was distilled from.
 """
 
-import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,28 @@ from benchmarks.evidence import FOLDER, Item
 
 WORK = Path("out/evidence/instantedit")
 PAIRS, SEEDS = 240, (0, 1, 2)
-TEACHER_STEPS = (4, 16)
 SHOWN = 10
+TITLE = (
+    f"Edits of {PAIRS} held-out emoji pairs (skin tone, gender, colour) at 32x32, by one small network trained here: "
+    "distance to the true target and, where that equals the source, to the source; 95 % bootstrap intervals over "
+    f"pairs; methods that draw noise with {len(SEEDS)} seeds (measured)"
+)
+WORTH = "What each part is worth: paired differences with 95 % bootstrap intervals (measured)"
 COLUMNS = ("copy", "InstantEdit", "without ILI", "without DPG", "plain_inversion cfg 4.1", "flow_edit cfg 4.1")
 
 
 def items() -> Iterator[Item]:
     """A row a method, the differences that the paper's parts make, and each stage of the training."""
-    from jaxlab import core
-    from jaxlab.instantedit.small_editor import PACKAGED, STAGES, SmallEditorConfig
+    from jaxlab.instantedit.small_editor import PACKAGED, STAGES
 
     weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGED.rglob("*.safetensors"))))
     settings = {"pairs": PAIRS, "weights": weights.hexdigest()[:12]}
     for name in _names():
         yield Item(
             name=name,
-            table=f"Edits of {PAIRS} held-out emoji pairs (skin tone, gender, colour) at 32x32, by one small network "
-            "trained here: distance to the true target and, where that equals the source, to the source; 95 % "
-            "bootstrap intervals over pairs (measured)",
+            table=TITLE,
             settings=settings,
-            run=functools.partial(_method, name),
+            run=lambda name=name: row(name, _samples(name), editors()[name]),
             seeds=SEEDS,
         )
     for better, worse in (
@@ -42,21 +44,21 @@ def items() -> Iterator[Item]:
         ("InstantEdit", "without mask"),
         ("InstantEdit", "without ControlNet"),
         ("InstantEdit", "copy"),
-        *(("InstantEdit", f"teacher, {steps} steps") for steps in TEACHER_STEPS),
     ):
         yield Item(
             name=f"{better} - {worse}",
-            table="What each part is worth: paired differences with 95 % bootstrap intervals (measured)",
+            table=WORTH,
             settings=settings,
-            run=functools.partial(_difference, better, worse),
+            run=lambda a=better, b=worse: difference(a, editors()[a], b, editors()[b]),
             seeds=SEEDS,
         )
+    log = json.loads((PACKAGED / "training.json").read_text())
     for stage in STAGES:
         yield Item(
             name=f"training, {stage}",
-            table="Training of the small editor on one core (measured)",
-            settings=core.to_dict(SmallEditorConfig()),
-            run=functools.partial(_training, stage),
+            table="Training of the small editor that comes with the package, by its log: mean losses (measured)",
+            settings=log["config"],
+            run=functools.partial(_training, stage, log[stage]),
             seeds=(0,),
         )
 
@@ -65,14 +67,14 @@ def pages() -> None:
     """Draws the first pairs of each family as edited by some of the methods."""
     from jaxlab.instantedit.grid import picture_grid
 
-    cases = [case for family in ("tone", "gender", "colour") for case in _cases() if case.kind == family]
-    cases = cases[:: max(1, len(cases) // SHOWN)][:SHOWN]
-    drawn = picture_grid(cases, {name: [_editors()[name](case, 0) for case in cases] for name in COLUMNS[1:]})
+    chosen = [case for family in ("tone", "gender", "colour") for case in cases() if case.kind == family]
+    chosen = chosen[:: max(1, len(chosen) // SHOWN)][:SHOWN]
+    drawn = picture_grid(chosen, {name: [editors()[name](case, 0) for case in chosen] for name in COLUMNS[1:]})
     drawn.savefig(FOLDER / "instantedit_emoji.png", dpi=110, bbox_inches="tight")
 
 
 @functools.cache
-def _cases() -> Any:
+def cases() -> Any:
     from jaxlab.instantedit import emoji
     from jaxlab.instantedit.study import emoji_cases
 
@@ -80,62 +82,57 @@ def _cases() -> Any:
 
 
 @functools.cache
-def _trained() -> Any:
-    from jaxlab.instantedit.small_editor import SmallEditor, SmallEditorConfig
+def _pipeline() -> Any:
+    from jaxlab.instantedit.small_editor import load_editor
 
-    return SmallEditor(SmallEditorConfig(), WORK)
+    return load_editor()
 
 
 @functools.cache
-def _editors() -> Any:
-    """Every method as an editor; the teacher is trained when it is asked for."""
-    from jaxlab.instantedit import study
-    from jaxlab.instantedit.small_editor import load_editor
-
-    pipeline = load_editor()
-    made = study.editors(pipeline.network, pipeline.tokenizer, _cases())
-    for steps in TEACHER_STEPS:
-        made[f"teacher, {steps} steps"] = _teacher(steps)
-    return made
-
-
-def _teacher(steps: int) -> Any:
-    """InstantEdit with the teacher and so many steps."""
+def editors() -> Any:
+    """Every method as an editor."""
     from jaxlab.instantedit import study
 
-    @functools.cache
-    def editor() -> Any:
-        setting = dataclasses.replace(study.BASE, num_steps=steps)
-        trained = _trained()
-        return study.Batched(
-            trained.teacher_network(steps), trained.tokenizer, _cases(), study.instant_edit(setting), draws=False
-        )
-
-    return lambda case, seed: editor()(case, seed)
+    return study.editors(_pipeline().network, _pipeline().tokenizer, cases())
 
 
 def _names() -> tuple[str, ...]:
     from jaxlab.instantedit import study
     from jaxlab.instantedit.scheduler import PeRFlowSchedule
 
-    return ("copy", *study.methods(PeRFlowSchedule()), *(f"teacher, {steps} steps" for steps in TEACHER_STEPS))
+    return ("copy", *study.methods(PeRFlowSchedule()))
 
 
-def _evaluated(*names: str) -> Any:
+def evaluated(editors: Mapping[str, Any]) -> Any:
+    """The evaluation of some editors, with a seed alone where none of them draws."""
     from jaxlab.instantedit.evaluation import evaluate
     from jaxlab.instantedit.metrics import MetricSet
+    from jaxlab.instantedit.study import DRAWING
 
-    chosen = {name.replace(",", ""): _editors()[name] for name in names}
-    return evaluate(_cases(), chosen, metrics=MetricSet(), seeds=SEEDS, results=WORK / "edits.jsonl")
+    seeds = SEEDS if any(name.startswith(DRAWING) for name in editors) else SEEDS[:1]
+    return evaluate(cases(), dict(editors), metrics=MetricSet(), seeds=seeds, results=WORK / "edits.jsonl")
 
 
-def _method(name: str) -> dict[str, Any]:
-    found = _evaluated(name)
-    row: dict[str, Any] = {"method": name, "network samples": _samples(name)}
+def row(name: str, samples: int, editor: Any) -> dict[str, Any]:
+    """A method's distances to target and source."""
+    found = evaluated({name: editor})
+    told: dict[str, Any] = {"method": name, "network samples": samples}
     for column, metric in _MEASURES.items():
-        mean = found.mean(name.replace(",", ""), metric)
-        row[column] = None if mean is None else _interval(mean.interval, metric)
-    return row
+        mean = found.mean(name, metric)
+        told[column] = None if mean is None or mean.interval is None else _interval(mean.interval, metric)
+    return told
+
+
+def difference(name: str, editor: Any, other: str, others: Any) -> dict[str, Any]:
+    """Paired differences of two methods' distances."""
+    found = evaluated({name: editor, other: others})
+    told: dict[str, Any] = {"difference": f"{name} - {other}"}
+    for column, metric in _MEASURES.items():
+        try:
+            told[column] = _interval(found.difference(name, other, metric), metric)
+        except ValueError:  # a copy's distance to its source is infinite
+            told[column] = None
+    return told
 
 
 _MEASURES = {
@@ -146,18 +143,6 @@ _MEASURES = {
     "PSNR of background": "psnr_background",
     "LPIPS of background x1e3": "lpips_background",
 }
-
-
-def _difference(name: str, other: str) -> dict[str, Any]:
-    a, b = name.replace(",", ""), other.replace(",", "")
-    found = _evaluated(name, other)
-    row: dict[str, Any] = {"difference": f"{name} - {other}"}
-    for column, metric in _MEASURES.items():
-        try:
-            row[column] = _interval(found.difference(a, b, metric), metric)
-        except ValueError:  # a copy's distance to its source is infinite
-            row[column] = None
-    return row
 
 
 def _interval(interval: Any, metric: str) -> str:
@@ -174,25 +159,18 @@ def _samples(name: str) -> int:
 
     if name == "copy":
         return 0
-    if name.startswith("teacher"):
-        return study.samples(dataclasses.replace(study.BASE, num_steps=int(name.split()[1])))
     return study.method_samples(PeRFlowSchedule(), name)
 
 
-def _training(stage: str) -> dict[str, Any]:
+def _training(stage: str, log: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """A stage's steps and losses; every entry of its log is the mean of 50 steps."""
     import jax
-    import numpy as np
 
-    params = _trained().stage(stage)
-    history = _trained().history(stage)
-    losses = [row["loss"] for row in history]
-    seconds = np.diff([row["time"] for row in history])
-    part = "controlnet" if stage == "controlnet" else "unet"
+    params = _pipeline().network.params["controlnet" if stage == "controlnet" else "unet"]
     return {
         "stage": stage,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params[part])),
-        "steps": len(history),
-        "loss, first 50": float(np.mean(losses[:50])),
-        "loss, last 200": float(np.mean(losses[-200:])),
-        "seconds a step, median": float(np.median(seconds)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "steps": log[-1]["step"],
+        "loss, first 50": log[0]["loss"],
+        "loss, last 200": sum(entry["loss"] for entry in log[-4:]) / 4,
     }
