@@ -6,6 +6,7 @@ from pallas_kernels.flash_attention import triton, triton_backward
 from pallas_kernels.flash_attention.triton_tiles import Tiles
 
 _UNMASKED = {"causal": False, "window": None}
+_PROMPT_TILES = Tiles(64, 128, warps=8, stages=1)  # all keys of a prompt at once; an A100 would spill with two tiles
 _KEYS_TILES = Tiles(64, 64, warps=8, stages=2)  # of 16-bit heads of 65 to 128: an A100 would spill with the usual ones
 
 
@@ -18,7 +19,8 @@ def forward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "b t h d"], Float[Array, "b h t"]]:
     """Output and log-sum-exp of every row."""
-    return triton.forward(q, k, v, (None, None, None), scale=scale, interpret=interpret, **_UNMASKED)
+    tiles = _PROMPT_TILES if q.dtype.itemsize == 2 and 64 < k.shape[1] <= 128 else None
+    return triton.forward(q, k, v, (None, None, None), scale=scale, tiles=tiles, interpret=interpret, **_UNMASKED)
 
 
 def backward(
