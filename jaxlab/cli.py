@@ -230,6 +230,22 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
         examination.show(found)
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    command: Annotated[list[str], typer.Argument(help="What every process runs; usually jaxlab ...")],
+    processes: Annotated[int, typer.Option("--processes", "-n", help="How many.")] = 2,
+    devices: Annotated[int, typer.Option(help="CPU devices a process.")] = 4,
+) -> None:
+    """Run a command as several processes of this machine, as a cluster would: jaxlab launch -n 2 jaxlab train ..."""
+    from jaxlab.core import distributed
+
+    with usage("COMMAND"):
+        argv = [sys.executable, "-m", "jaxlab", *command[1:]] if command[0] == "jaxlab" else command
+        code = distributed.launch(argv, processes, devices)
+    if code:
+        raise typer.Exit(code if code > 0 else 128 - code)
+
+
 @app.command()
 def tour(
     only: Annotated[list[str] | None, typer.Option(help="A section's name; may be given again.")] = None,

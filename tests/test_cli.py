@@ -47,7 +47,7 @@ def run(capsys):
     return call
 
 
-VERBS = ("train", "generate", "plan", "doctor", "tour", *recipes.SYSTEMS)
+VERBS = ("train", "generate", "plan", "doctor", "launch", "tour", *recipes.SYSTEMS)
 
 
 @pytest.mark.latest

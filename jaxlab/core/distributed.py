@@ -1,16 +1,19 @@
 """Several processes: joining a cluster, and a cluster of local processes for tests."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import IO, Any
 
 import jax
 
@@ -77,27 +80,7 @@ def run_local(
     Raises:
       subprocess.TimeoutExpired: the time is over; what the processes wrote is in its `output` and `stderr`.
     """
-    for name, value in (("processes", processes), ("devices", devices)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    command = [os.fspath(part) for part in argv]
-    if not command:
-        raise ValueError("argv: expected a command, got nothing")
-    if command[0].startswith("-") or command[0].endswith(".py"):
-        command.insert(0, sys.executable)
-    flags = [
-        flag
-        for flag in os.environ.get("XLA_FLAGS", "").split()
-        if not flag.startswith("--xla_force_host_platform_device_count")
-    ]
-    shared = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
-        _ADDRESS: f"localhost:{_free_port()}",
-        _COUNT: str(processes),
-        **(env or {}),
-    }
+    command, shared = _prepared(argv, processes, devices, env)
     with tempfile.TemporaryDirectory(prefix="jaxlab-run-") as folder:
         running = []
         try:
@@ -114,7 +97,7 @@ def run_local(
                             start_new_session=True,  # so that what a process started dies with it
                         )
                     )
-            in_time = _wait(running, timeout_s)
+            in_time, _ = _wait(running, timeout_s)
         finally:
             for process in running:
                 _kill(process)
@@ -128,18 +111,109 @@ def run_local(
     return [CompletedProcess(command, process.returncode, *text) for process, text in zip(running, texts)]
 
 
-def _wait(running: Sequence[subprocess.Popen], timeout_s: float) -> bool:
-    """Waits for all, or for the first failure (then a little for the others' own); False when the time is over."""
+def launch(
+    argv: Sequence[str | os.PathLike],
+    processes: int = 2,
+    devices: int = 4,
+    *,
+    env: Mapping[str, str] | None = None,
+) -> int:
+    """`run_local` for a terminal: process 0 has it, what others write comes behind their index.
+
+    When one process fails, the others get two seconds for an end of their own and are killed then. An interrupt goes
+    to all of them.
+
+    Args:
+      argv: the command; one that begins with a Python file or an option is given to this interpreter.
+      processes: how many processes.
+      devices: CPU devices a process.
+      env: more environment variables.
+
+    Returns:
+      0, or the return code of the process that failed first.
+    """
+    command, shared = _prepared(argv, processes, devices, env)
+    running: list[subprocess.Popen] = []
+    readers = []
+    try:
+        for index in range(processes):
+            own: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if index else {}
+            process = subprocess.Popen(command, env={**shared, _INDEX: str(index)}, start_new_session=True, **own)
+            running.append(process)
+            if index:
+                readers.append(threading.Thread(target=_echo, args=(process.stdout, index), daemon=True))
+                readers[-1].start()
+        try:
+            _, first = _wait(running, math.inf)
+        except KeyboardInterrupt:
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGINT)
+            _wait(running, 30.0)
+            raise
+    finally:
+        for process in running:
+            _kill(process)
+        for reader in readers:
+            reader.join(timeout=5.0)
+    if first is None:
+        return 0
+    code = running[first].returncode
+    ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    print(f"process {first} of {processes} {ended}; the others were ended", file=sys.stderr, flush=True)
+    return code
+
+
+def _echo(lines: IO[bytes], index: int) -> None:
+    for line in lines:
+        sys.stderr.write(f"[{index}] {line.decode(errors='replace')}")
+        sys.stderr.flush()
+
+
+def _prepared(
+    argv: Sequence[str | os.PathLike], processes: int, devices: int, env: Mapping[str, str] | None
+) -> tuple[list[str], dict[str, str]]:
+    """The command, and the environment that all processes share."""
+    for name, value in (("processes", processes), ("devices", devices)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    command = [os.fspath(part) for part in argv]
+    if not command:
+        raise ValueError("argv: expected a command, got nothing")
+    if command[0].startswith("-") or command[0].endswith(".py"):
+        command.insert(0, sys.executable)
+    flags = [
+        flag
+        for flag in os.environ.get("XLA_FLAGS", "").split()
+        if not flag.startswith("--xla_force_host_platform_device_count")
+    ]
+    return command, {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+        _ADDRESS: f"localhost:{_free_port()}",
+        _COUNT: str(processes),
+        **(env or {}),
+    }
+
+
+def _wait(running: Sequence[subprocess.Popen], timeout_s: float) -> tuple[bool, int | None]:
+    """Waits for all, or for the first failure and then a little for the others' own.
+
+    Returns whether that came in time, and which failed first.
+    """
     deadline = time.monotonic() + timeout_s
-    failed = False
+    first = None
     while any(process.poll() is None for process in running):
-        if not failed and any(process.poll() for process in running):
-            failed = True
-            deadline = min(deadline, time.monotonic() + 2.0)
+        if first is None:
+            first = next((index for index, process in enumerate(running) if process.poll()), None)
+            deadline = deadline if first is None else min(deadline, time.monotonic() + 2.0)
         if time.monotonic() > deadline:
-            return failed
+            return first is not None, first
         time.sleep(0.02)
-    return True
+    if first is None:
+        first = next((index for index, process in enumerate(running) if process.poll()), None)
+    return True, first
 
 
 def _kill(process: subprocess.Popen) -> None:

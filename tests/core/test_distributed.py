@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,41 @@ def test_a_time_limit_ends_all(tmp_path):
     assert "[process 0]" in caught.value.output
     children = [psutil.Process(int(word)) for word in caught.value.output.split() if psutil.pid_exists(_number(word))]
     assert psutil.wait_procs(children, timeout=5)[1] == []
+
+
+def test_launched_processes_speak_by_index(capfd):
+    code = "import os\nprint('hello from', os.environ['JAX_PROCESS_ID'], flush=True)"
+    assert distributed.launch(["-c", code], processes=3, devices=1) == 0
+    out, err = capfd.readouterr()
+    assert out == "hello from 0\n"
+    assert sorted(err.splitlines()) == ["[1] hello from 1", "[2] hello from 2"]
+
+
+def test_the_first_failure_of_a_launch_is_told(capfd):
+    code = (
+        "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': os.kill(os.getpid(), 9)\n"
+        "time.sleep(1)\nsys.exit(4)"
+    )
+    assert distributed.launch(["-c", code]) == -9
+    assert "process 1 of 2 was killed by signal 9; the others were ended" in capfd.readouterr().err
+
+
+def test_an_interrupt_reaches_what_was_launched(tmp_path):
+    code = (
+        "import os, sys, time\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n"
+        "index = os.environ['JAX_PROCESS_ID']\n(folder / f'{index}.ready').touch()\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    (folder / f'{index}.told').touch()\n"
+    )
+    started = f"from jaxlab.core import distributed\ndistributed.launch(['-c', {code!r}, {str(tmp_path)!r}])"
+    # What runs in the background of a shell ignores SIGINT, and so would what it starts.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", started], stderr=subprocess.PIPE, **heard) as launcher:
+        while len(list(tmp_path.glob("*.ready"))) < 2:
+            assert launcher.poll() is None
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(timeout=30) != 0
+    assert {path.name for path in tmp_path.glob("*.told")} == {"0.told", "1.told"}
 
 
 def _number(word):
