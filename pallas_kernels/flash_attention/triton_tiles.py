@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int
 
 from pallas_kernels.flash_attention.xla import Ids
+from pallas_kernels.tiles import check_tiles
 
 LOG2_E = math.log2(math.e)
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -47,14 +48,7 @@ class Tiles:
     stages: int = 2
 
     def __post_init__(self):
-        for name in ("rows", "columns"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise ValueError(f"Tiles.{name} must be a power of two and at least 16, got {value}")
-        if self.warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"Tiles.warps must be 1, 2, 4, 8 or 16, got {self.warps}")
-        if self.stages < 1:
-            raise ValueError(f"Tiles.stages must be at least 1, got {self.stages}")
+        check_tiles(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.dispatch import output_like
 from pallas_kernels.grouped_matmul.gating import activate, gate_gradients
+from pallas_kernels.tiles import check_tiles
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -44,14 +45,7 @@ class Tiles:
     stages: int = 3
 
     def __post_init__(self):
-        for name in ("rows", "columns", "depth"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise ValueError(f"Tiles.{name} must be a power of two and at least 16, got {value}")
-        if self.warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"Tiles.warps must be 1, 2, 4, 8 or 16, got {self.warps}")
-        if self.stages < 1:
-            raise ValueError(f"Tiles.stages must be at least 1, got {self.stages}")
+        check_tiles(self)
 
 
 def rows_times_weights(

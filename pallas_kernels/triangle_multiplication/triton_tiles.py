@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int8
 
+from pallas_kernels.tiles import check_tiles
+
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_CHANNELS = 128  # a tile holds all channels of its positions in registers
 
@@ -39,14 +41,7 @@ class Tiles:
     stages: int = 2
 
     def __post_init__(self):
-        for name in ("channels", "positions", "depth"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise ValueError(f"Tiles.{name} must be a power of two and at least 16, got {value}")
-        if self.warps not in (1, 2, 4, 8, 16):
-            raise ValueError(f"Tiles.warps must be 1, 2, 4, 8 or 16, got {self.warps}")
-        if self.stages < 1:
-            raise ValueError(f"Tiles.stages must be at least 1, got {self.stages}")
+        check_tiles(self)
 
     def fit(self, *, channels: int, positions: int, depth: int = 16) -> "Tiles":
         """No larger than the problem."""
