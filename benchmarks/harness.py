@@ -1,7 +1,7 @@
 """The one language of the benchmarks: cases, interleaved timing, the table and its history.
 
 A system's file `benchmarks/<system>.py` has `cases(quick: bool) -> Iterator[Case]`; `python -m benchmarks [SYSTEM ...]`
-prints the table and appends every case to `benchmarks/results.jsonl`.
+prints the table, appends every case to `benchmarks/results.jsonl` and keeps the run (`benchmarks.history`).
 """
 
 import dataclasses

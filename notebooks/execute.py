@@ -1,9 +1,9 @@
 """Executes the notebooks: `python notebooks/execute.py [NAME ...] [--fresh] [--save]`.
 
 The source of a notebook is its `.py` file (jupytext, percent format), which is what is edited, linted and reviewed. The
-`.ipynb` beside it is the same cells with pictures, for readers on the web; it is written by `--save` and a run fails
-when the two have drifted apart. The executed copy goes to `docs/notebooks`, where the site shows it; it is reused until
-the notebook or the library's code changes.
+`.ipynb` beside it is the same cells with pictures, for readers on the web. It is written by `--save`, with the pictures
+of the gallery (`gallery.py`), and a run fails when the two have drifted apart. The executed copy goes to
+`docs/notebooks`, where the site shows it; it is reused until the notebook or the library's code changes.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import os
 import sys
 import time
 from pathlib import Path
+
+import gallery
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -28,6 +30,8 @@ def main() -> None:
     sources = [HERE / f"{name}.py" for name in options.names] or sorted(HERE.glob("[0-9]*.py"))
     prefer_cpu()
     failed = [source.stem for source in sources if not process(source, options.fresh, options.save)]
+    if options.save:
+        gallery.write()
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -3,7 +3,8 @@
 `benchmarks/evidence/<system>.py` has `items() -> Iterator[Item]`, and `pages()` if it writes further pages; a file of
 another name says whose it is by `SYSTEM = "..."`. An outcome goes to `docs/evidence/<file>.json` as it comes, with
 command, seeds, versions and date, so a killed run goes on where it stopped; an item is run again when its settings or
-the versions have changed. `docs/evidence/<file>.md` is the same as tables, for the pages to include.
+the versions have changed. `docs/evidence/<file>.md` is the same as tables, for the pages to include; plans appear
+once more, all together, in `plans_overview.md`.
 """
 
 import dataclasses
@@ -127,6 +128,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command."""
     import argparse
 
+    from benchmarks import plan_table
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "systems", nargs="*", metavar="SYSTEM", help=f"systems, or files: {', '.join(files())}; default all"
@@ -143,6 +146,7 @@ def main(args: Sequence[str] | None = None) -> None:
         module = importlib.import_module(f"benchmarks.evidence.{name}")
         if hasattr(module, "pages") and options.limit is None:
             module.pages()
+    plan_table.write()
 
 
 def _items(system: str) -> Iterator[Item]:
