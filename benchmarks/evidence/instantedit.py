@@ -21,7 +21,16 @@ TITLE = (
     f"pairs; methods that draw noise with {len(SEEDS)} seeds (measured)"
 )
 WORTH = "What each part is worth: paired differences with 95 % bootstrap intervals (measured)"
-COLUMNS = ("copy", "InstantEdit", "without ILI", "without DPG", "plain_inversion cfg 4.1", "flow_edit cfg 4.1")
+COLUMNS = (
+    "InstantEdit",
+    "w_dpg 1",
+    "without ILI",
+    "without mask",
+    "virtual_inversion cfg 1.1",
+    "flow_edit cfg 1.1",
+    "flow_edit cfg 4.1",
+    "plain_inversion cfg 4.1",
+)
 
 
 def items() -> Iterator[Item]:
@@ -64,13 +73,63 @@ def items() -> Iterator[Item]:
 
 
 def pages() -> None:
-    """Draws the first pairs of each family as edited by some of the methods."""
+    """Draws all methods by what they change and what they should not, and the first pairs as some of them edit them."""
+    from jaxlab.instantedit import study
     from jaxlab.instantedit.grid import picture_grid
 
+    rows = [item["row"] for item in json.loads((FOLDER / "instantedit.json").read_text())["items"].values()]
+    _scatter([row for row in rows if "method" in row]).savefig(
+        FOLDER / "instantedit_methods.png", dpi=110, bbox_inches="tight"
+    )
     chosen = [case for family in ("tone", "gender", "colour") for case in cases() if case.kind == family]
     chosen = chosen[:: max(1, len(chosen) // SHOWN)][:SHOWN]
-    drawn = picture_grid(chosen, {name: [editors()[name](case, 0) for case in chosen] for name in COLUMNS[1:]})
+    network, tokenizer = _pipeline().network, _pipeline().tokenizer
+    made = study.editors(
+        network, tokenizer, chosen, chosen={name: study.methods(network.schedule)[name] for name in COLUMNS}
+    )
+    drawn = picture_grid(chosen, {name: [made[name](case, 0) for case in chosen] for name in COLUMNS})
     drawn.savefig(FOLDER / "instantedit_emoji.png", dpi=110, bbox_inches="tight")
+
+
+_OFFSETS = {
+    "w_dpg 1": (-30, -9),
+    "w_dpg 2": (4, -12),
+    "direct_inversion cfg 1.1": (-6, 6),
+    "rf_solver cfg 1.1": (-40, -9),
+    "InstantEdit": (-14, 7),
+    "without ILI": (-14, 7),
+    "without ControlNet": (6, 2),
+    "plain_inversion cfg 4.1": (4, 8),
+    "fire_flow cfg 4.1": (6, 0),
+    "sdedit cfg 4.1": (5, -6),
+    "renoise cfg 4.1": (-34, 5),
+    "direct_inversion cfg 4.1": (-72, -8),
+    "ddim_inversion cfg 4.1": (-66, 4),
+    "virtual_inversion cfg 4.1": (-40, 6),
+}
+"""Of labels, in points, where points lie close to each other."""
+
+
+def _scatter(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Distance to the true target by that of what should stay; ordinary guidance of 1.1 and 4.1 apart."""
+    from jaxlab.core.figures import BLUE, GREY, ORANGE, RED, figure
+
+    drawn, axes = figure(9.0, 5.0)
+    for row in rows:
+        name = row["method"]
+        weak, strong = name.endswith("cfg 1.1"), name.endswith("cfg 4.1")
+        colour = BLUE if weak else ORANGE if strong else GREY if name == "copy" else RED
+        place = [float(row[column].split()[0]) for column in ("LPIPS of background x1e3", "LPIPS to target x1e3")]
+        axes.plot(*place, "o", color=colour, markersize=5)
+        label = name.replace(" cfg 1.1", "").replace(" cfg 4.1", "").replace("_", " ")
+        offset = _OFFSETS.get(name, (4, 3))
+        axes.annotate(label, place, offset, textcoords="offset points", fontsize=7, color=colour)
+    for colour, label in ((RED, "InstantEdit"), (BLUE, "others, guidance 1.1"), (ORANGE, "others, guidance 4.1")):
+        axes.plot([], [], "o", color=colour, label=label)
+    axes.set_xlabel("LPIPS x 1000 to the source, where nothing is to change (left is better)")
+    axes.set_ylabel("LPIPS x 1000 to the true target (low is better)")
+    axes.legend(frameon=False, fontsize=9)
+    return drawn
 
 
 @functools.cache
