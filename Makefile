@@ -5,6 +5,8 @@
 #   make parity      logits and gradients against torch, live
 #   make notebooks   execute the notebooks          make docs          build the site (docs/_build/html)
 #   make lint        ruff, types                    make evidence      long resumable runs and docs tables (SYSTEM=name)
+#   make package     wheel and sdist into dist/, tried in empty environments of every supported Python found
+#   make fuzz        mutated files and requests at every parser and endpoint (MINUTES=10)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := demo
@@ -30,7 +32,7 @@ export MPLBACKEND ?= Agg
 python-latest:
 	@echo $(PYTHON_LATEST)
 
-.PHONY: python-latest demo test test-latest bench parity notebooks docs lint format evidence constraints clean
+.PHONY: python-latest demo test test-latest bench parity notebooks docs lint format evidence package fuzz constraints clean
 
 demo: $(VENV)/.ready-aot
 	$(BIN)/jaxlab tour --folder out/tour
@@ -46,6 +48,14 @@ bench: $(VENV)/.ready-parity
 
 parity: $(VENV)/.ready-parity
 	$(BIN)/python -m benchmarks.parity
+
+package: $(VENV)/.ready-test
+	rm -rf dist && $(BIN)/python -m hatchling build -d dist
+	$(BIN)/python -m pytest tests/test_packaging.py -m "package or not package" --timeout=1800 $(ARGS)
+
+MINUTES ?= 10
+fuzz: $(VENV)/.ready-test
+	JAXLAB_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz --timeout=0 $(ARGS)
 
 evidence: $(VENV)/.ready-parity
 	$(BIN)/python -m benchmarks.evidence $(SYSTEM)
@@ -66,7 +76,7 @@ format: $(VENV)/.ready-lint
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-latest .cache out docs/_build
+	rm -rf .venv .venv-latest .cache dist out docs/_build
 
 # -- set-up -------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ ROOTS = ("jaxlab", "pallas_kernels")
 _EXTRA_MODULES = (
     "jaxlab.cli",
     "jaxlab.core.compat",
+    "jaxlab.core.deprecation",
     "jaxlab.core.distributed",
     "jaxlab.core.image_metrics",
     "jaxlab.core.jsonl",

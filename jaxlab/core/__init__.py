@@ -5,7 +5,7 @@
     where = shardings(jax.eval_shape(model.init, key, tokens), mesh)
 
 Names are loaded when they are first used, so that importing this package costs nothing. `distributed`, `tasks`, `plan`,
-`jsonl`, `statistics`, `image_metrics` and `compat` are modules of it.
+`jsonl`, `statistics`, `image_metrics`, `deprecation` and `compat` are modules of it.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from jaxlab.core.errors import CheckpointError, DataUnavailable, MissingExtra
 from jaxlab.core.progress import progress
 
 if TYPE_CHECKING:
-    from jaxlab.core import compat, distributed, image_metrics, jsonl, plan, statistics, tasks
+    from jaxlab.core import compat, deprecation, distributed, image_metrics, jsonl, plan, statistics, tasks
     from jaxlab.core.checkpoint import Checkpointer
     from jaxlab.core.compilation import count_compilations
     from jaxlab.core.config import load_config, save_config, to_dict
@@ -39,6 +39,7 @@ __all__ = [
     "compat",
     "count_compilations",
     "data_path",
+    "deprecation",
     "distributed",
     "find_config",
     "image_metrics",
@@ -71,5 +72,5 @@ __getattr__, __dir__ = lazy.attach(
         "metrics": ("MetricsLogger",),
         "report": ("Report",),
     },
-    modules=("compat", "distributed", "image_metrics", "jsonl", "plan", "statistics", "tasks"),
+    modules=("compat", "deprecation", "distributed", "image_metrics", "jsonl", "plan", "statistics", "tasks"),
 )
