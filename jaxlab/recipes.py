@@ -85,16 +85,13 @@ def system_of(path: Path) -> str:
     Raises:
       ValueError: not a YAML mapping, or the system is unknown (the known ones are listed).
     """
-    import yaml
+    from jaxlab.core.untrusted import read_yaml
 
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, got {type(content).__name__}")
     name = content.get("system", "foundation")
-    if name not in SYSTEMS:
+    if not isinstance(name, str) or name not in SYSTEMS:
         raise ValueError(f"{path}: unknown system {name!r}; known: {', '.join(sorted(SYSTEMS))}")
     return name
 

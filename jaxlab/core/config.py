@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from jaxlab.core.folders import replace_file
+from jaxlab.core.untrusted import read_yaml
 
 T = TypeVar("T")
 
@@ -67,11 +68,13 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
 
 def _read(path: Path) -> dict[Any, Any]:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
+        read_yaml(path)  # within bounds; OmegaConf's own loader reads some numbers otherwise
         tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: expected YAML: {error}") from error
     if not isinstance(tree, dict):
         raise TypeError(f"{path}: expected a mapping of keys to values, got {tree!r}")

@@ -53,7 +53,7 @@ def locate(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
                 return
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: expected JSON, got {line[:80]!r}") from error
             yield offset, value
             offset += len(line)

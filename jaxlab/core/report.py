@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlab.core.folders import replace_file
+from jaxlab.core.untrusted import inside, read_json, understood
 
 _FORMAT = "jaxlab.report/1"
 
@@ -87,23 +88,31 @@ class Report:
         folder = Path(folder)
         path = folder / "report.json"
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
         except ValueError as error:
             raise ValueError(f"{path}: expected JSON, got damaged text ({error})") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"{path}: expected a report of format {_FORMAT!r}")
-        return cls(
-            system=content["system"],
-            title=content["title"],
-            metrics={name: _number(value) for name, value in content["metrics"].items()},
-            tables=tuple(
-                (table["title"], tuple(table["columns"]), tuple(tuple(map(_number, row)) for row in table["rows"]))
-                for table in content["tables"]
-            ),
-            plots=tuple((plot["title"], (folder / plot["file"]).read_bytes()) for plot in content["plots"]),
-            notes=tuple(content["notes"]),
-            synthetic=content["synthetic"],
-        )
+        try:
+            with understood(path):
+                return cls(
+                    system=content["system"],
+                    title=content["title"],
+                    metrics={name: _number(value) for name, value in content["metrics"].items()},
+                    tables=tuple(map(_table, content["tables"])),
+                    plots=tuple(
+                        (plot["title"], inside(folder, plot["file"], f"{path}: plot").read_bytes())
+                        for plot in content["plots"]
+                    ),
+                    notes=tuple(content["notes"]),
+                    synthetic=content["synthetic"],
+                )
+        except KeyError as error:
+            raise ValueError(f"{path}: expected a report with {error}") from error
+
+
+def _table(table: Mapping[str, Any]) -> tuple[str, Sequence[str], Sequence[Sequence[Any]]]:
+    return table["title"], tuple(table["columns"]), tuple(tuple(map(_number, row)) for row in table["rows"])
 
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

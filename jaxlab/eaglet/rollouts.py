@@ -62,9 +62,9 @@ class RolloutCache:
             try:
                 lists: dict[str, Any] = {name: tuple(row[name]) for name in ("actions", "observations")}
                 rollout = Rollout(**{**row, **lists})
+                self._rollouts[rollout.task_id, rollout.executor, rollout.seed] = rollout
             except (TypeError, KeyError) as error:
                 raise ValueError(f"path: expected {self._path} to hold rollouts, got a line {str(row)[:80]}") from error
-            self._rollouts[rollout.task_id, rollout.executor, rollout.seed] = rollout
 
     def get(self, task_id: str, executor_name: str, seed: int) -> Rollout:
         """The episode.

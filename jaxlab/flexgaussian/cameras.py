@@ -1,7 +1,6 @@
 """Pinhole cameras: orbits around a scene, COLMAP models, `transforms.json`."""
 
 import dataclasses
-import json
 import math
 import os
 import struct
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlab.core.untrusted import inside, read_object
 from jaxlab.flexgaussian.scene import GaussianScene, SceneFormatError
 
 _GL_TO_CV = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -119,19 +119,18 @@ def cameras_from_transforms(path: str | os.PathLike, *, existing: bool = True) -
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         frames = content["frames"]
         cameras = []
         for frame in frames:
-            image = path.parent / str(frame["file_path"])
-            if existing and not image.is_file():
+            if existing and not inside(path.parent, frame["file_path"], "file_path").is_file():
                 continue
             matrix = np.asarray(frame["transform_matrix"], np.float64)
             if matrix.shape != (4, 4):
                 raise SceneFormatError(f"{path}: {frame['file_path']}: expected a matrix [4, 4], got {matrix.shape}")
             intrinsics = _intrinsics({**content, **frame})
             cameras.append(Camera(np.linalg.inv(matrix @ _GL_TO_CV), *intrinsics, name=Path(frame["file_path"]).name))
-    except (KeyError, TypeError, ValueError, RecursionError, np.linalg.LinAlgError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, np.linalg.LinAlgError) as error:
         if isinstance(error, SceneFormatError):
             raise
         raise SceneFormatError(f"{path}: not a transforms.json that is understood ({error!r})") from error

@@ -1,10 +1,10 @@
 """The networks of an editor from a diffusers folder."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from jaxlab.core.untrusted import read_object
 from jaxlab.instantedit.config import NUM_WINDOWS
 from jaxlab.instantedit.network import EditorNetwork
 from jaxlab.instantedit.scheduler import PeRFlowSchedule
@@ -69,10 +69,7 @@ def load_prompt_tokenizer(directory: str | os.PathLike[str]) -> PromptTokenizer:
 
 def _check_scheduler(folder: Path) -> None:
     path = folder / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    config = read_object(path)
     prediction = config.get("prediction_type")
     if prediction not in _PREDICTIONS:
         known = ", ".join(filter(None, _PREDICTIONS))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxlab.core import replace_file
+from jaxlab.core.untrusted import read_npz, understood
 from jaxlab.instantedit.config import check_choice
 from jaxlab.instantedit.network import Control, EditorNetwork, Scalar
 from jaxlab.instantedit.scheduler import InverseMode
@@ -65,17 +65,18 @@ class Inversion:
           FileNotFoundError: there is no such file.
           ValueError: it is no inversion.
         """
-        with np.load(Path(path)) as file:
-            missing = {field.name for field in dataclasses.fields(cls)} - {"hint_features"} - set(file.files)
-            if missing:
-                raise ValueError(f"{path}: expected an inversion, it has no {', '.join(sorted(missing))}")
+        arrays = read_npz(path)
+        missing = {field.name for field in dataclasses.fields(cls)} - {"hint_features"} - set(arrays)
+        if missing:
+            raise ValueError(f"{path}: expected an inversion, it has no {', '.join(sorted(missing))}")
+        with understood(path):
             return cls(
-                file["trajectory"],
-                file["edges"],
-                file["hint_features"] if "hint_features" in file.files else None,
-                int(file["num_steps"]),
-                cast(InverseMode, str(file["mode"])),
-                float(file["control_scale"]),
+                arrays["trajectory"],
+                arrays["edges"],
+                arrays.get("hint_features"),
+                int(arrays["num_steps"]),
+                cast(InverseMode, str(arrays["mode"])),
+                float(arrays["control_scale"]),
             )
 
 

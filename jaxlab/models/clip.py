@@ -9,7 +9,6 @@ Example:
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlab.core.errors import require
+from jaxlab.core.untrusted import read_object
 from jaxlab.layers import Linear
 from jaxlab.models.load import Leaf, Part, check, fill, nest, open_tensors
 from jaxlab.models.sd.clip_text import CLIPTextConfig, CLIPTextEncoder
@@ -108,7 +108,7 @@ def load_clip(directory: str | os.PathLike[str]) -> tuple[CLIP, Any]:
         ValueError: another model type, wrong shapes, or a damaged file.
     """
     path = Path(directory)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_object(path / "config.json")
     if config.get("model_type") != "clip":
         raise ValueError(f"model_type: expected 'clip', got {config.get('model_type')!r}")
     end = config["text_config"].get("eos_token_id", 49407)

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlab.core.untrusted import understood
 from jaxlab.models.load import Select, Tensors
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_DEEPEST, _MOST_DIMENSIONS = 8, 8  # ggml has four dimensions
 _PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 
@@ -66,6 +68,9 @@ class GgufFile(Tensors):
         infos = []
         for _ in range(tensors):
             name, rank = header.string(), header.scalar("I")
+            if not 1 <= rank <= _MOST_DIMENSIONS:
+                expected = f"1 to {_MOST_DIMENSIONS} dimensions"
+                raise ValueError(f"{self.where}: tensor {name!r}: expected {expected}, got {rank}")
             dims = [header.scalar("Q") for _ in range(rank)]
             infos.append((name, tuple(reversed(dims)), header.scalar("I"), header.scalar("Q")))
         alignment = self.metadata.get("general.alignment", 32)
@@ -128,17 +133,19 @@ class _Cursor:
         self.at += size
         return raw.decode("utf-8")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
+            if depth == _DEEPEST:
+                raise struct.error(f"arrays nested more than {_DEEPEST} deep")
             inner, count = self.scalar("I"), self.scalar("Q")
             if inner in _SCALARS:
                 code = f"<{count}{_SCALARS[inner]}"
                 values = struct.unpack_from(code, self.data, self.at)
                 self.at += struct.calcsize(code)
                 return list(values)
-            return [self.value(inner) for _ in range(count)]
+            return [self.value(inner, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
             raise struct.error(f"unknown value type {kind}")
         return self.scalar(_SCALARS[kind])
@@ -199,6 +206,7 @@ _FAMILIES = {
 }
 
 
+@understood("GGUF metadata")
 def hf_config(file: GgufFile) -> dict[str, Any]:
     """The Hugging Face `config.json` that the header of a GGUF file stands for.
 

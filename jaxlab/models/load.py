@@ -10,7 +10,6 @@ Example:
         tensors.shape("model.norm.weight"), tensors["model.norm.weight"]
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxlab.core.untrusted import read_object
 
 Select = tuple[slice, ...]
 
@@ -124,7 +125,10 @@ class SafetensorsTensors(Tensors):
         if stored in known:
             return np.dtype(known[stored])
         kinds = {"F": "float", "I": "int", "U": "uint"}
-        return np.dtype(kinds[stored[0]] + stored[1:])
+        try:
+            return np.dtype(kinds[stored[0]] + stored[1:])
+        except (KeyError, TypeError):
+            raise NotImplementedError(f"{self.where}: tensor {name!r} has dtype {stored}, which is not read") from None
 
     def read(self, name: str, select: Select = ()) -> np.ndarray:
         """A tensor, or the part of it that `select` leaves; only that part is read from disk."""
@@ -168,9 +172,9 @@ def open_tensors(source: str | os.PathLike[str], stem: str = "model") -> Tensors
 
 def _read_index(index: Path) -> dict[str, Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_object(index)["weight_map"]
         files = {str(name): index.parent / str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
     outside = sorted({str(file) for file in files.values() if file.parent != index.parent})
     if outside:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from jaxlab.core.mesh import DEFAULT_RULES, shardings
+from jaxlab.core.untrusted import read_object, understood
 from jaxlab.models import load
 from jaxlab.models.decoder import DecoderConfig, default_mlp
 from jaxlab.models.kinds import Kind, kind_of
@@ -64,26 +65,18 @@ def load_pretrained(
         file = GgufFile(path)
         hf, open_weights = hf_config(file), lambda: GgufDecoder(file)
     else:
-        hf = _read_json(path / "config.json")
+        hf = read_object(path / "config.json")
         if "jaxlab_format" in hf:
             loader = _loader(str(hf["jaxlab_format"]), path)
             return loader(path, dtype=dtype, mesh=mesh, rules=rules, mlp=mlp, **config_overrides)
         open_weights = lambda: load.open_tensors(path)  # noqa: E731
     kind = kind_of(hf.get("model_type"))
-    config = kind.override(kind.read(hf), {"dtype": dtype, "param_dtype": dtype, **config_overrides})
+    with understood(path):
+        read = kind.read(hf)
+    config = kind.override(read, {"dtype": dtype, "param_dtype": dtype, **config_overrides})
     model = kind.make(config, mlp or default_mlp)
     with open_weights() as tensors:
         return model, _read(kind, model, tensors, mesh, rules)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
 
 
 def _loader(name: str, folder: Path) -> Callable[..., tuple[Any, Any]]:

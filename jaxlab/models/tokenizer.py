@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxlab.core.errors import require
+from jaxlab.core.untrusted import read_object, understood
 from jaxlab.models.sources import find_model, locate
 
 
@@ -60,6 +61,9 @@ class FastTokenizer:
         backend: the `tokenizers.Tokenizer`.
         config: fields of `tokenizer_config.json` that are used: bos_token, eos_token, pad_token, unk_token,
             chat_template.
+
+    Raises:
+        ValueError: one of them is no text.
     """
 
     def __init__(self, backend: Any, config: Mapping[str, Any]):
@@ -69,8 +73,9 @@ class FastTokenizer:
             token = config.get(name)
             token = token.get("content") if isinstance(token, Mapping) else token
             if token is not None:
-                self.special_tokens[name] = token
-        self.chat_template: str | None = config.get("chat_template")
+                self.special_tokens[name] = _text(name, token)
+        template = config.get("chat_template")
+        self.chat_template: str | None = None if template is None else _text("chat_template", template)
 
     def _id(self, name: str) -> int | None:
         return self.backend.token_to_id(self.special_tokens[name]) if name in self.special_tokens else None
@@ -114,27 +119,38 @@ class FastTokenizer:
             tokenize: ids (the template's own special tokens, no others), else text.
 
         Raises:
-            ValueError: the model has no chat template.
+            ValueError: the model has no chat template, or one that fails.
         """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template; give the prompt as plain text")
         require("jinja2", "all")
+        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        text = environment.from_string(self.chat_template).render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            raise_exception=_raise,
-            **self.special_tokens,
-        )
+        try:
+            with understood("chat template"):
+                text = environment.from_string(self.chat_template).render(
+                    messages=messages,
+                    add_generation_prompt=add_generation_prompt,
+                    raise_exception=_raise,
+                    **self.special_tokens,
+                )
+        except TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them."""
         template = {"chat_template": self.chat_template} if self.chat_template is not None else {}
         _write(Path(folder), self.backend, self.special_tokens | template)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected text, got {str(value)[:80]!r}")
+    return value
 
 
 def _raise(message: str) -> None:
@@ -192,9 +208,14 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 def _by_transformers(folder: Path, **options: Any) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False, **options
-    )
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **options
+        )
+    except ImportError as error:
+        raise NotImplementedError(f"{folder}: transformers needs more to read its tokenizer: {error}") from error
+    except Exception as error:  # whatever its many readers raise
+        raise ValueError(f"{folder}: transformers does not read its tokenizer: {error}") from error
     return tokenizer
 
 
@@ -204,16 +225,14 @@ def _from_folder(folder: Path) -> Tokenizer:
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            try:
-                config |= json.loads((folder / name).read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{folder / name} is not JSON: {error}") from error
+            config |= read_object(folder / name)
     if config.get("jaxlab_tokenizer") == "bytes":
         return ByteTokenizer()
     if (folder / "chat_template.jinja").is_file():
         config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if isinstance(config.get("chat_template"), list):
-        named = {entry["name"]: entry["template"] for entry in config["chat_template"]}
+        entries = [entry for entry in config["chat_template"] if isinstance(entry, Mapping)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         config["chat_template"] = named.get("default")
     try:
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -246,21 +265,25 @@ def _from_gguf(path: Path) -> Tokenizer:
 
     meta = GgufFile(path).metadata
     pre = meta.get("tokenizer.ggml.pre", "default")
-    if meta.get("tokenizer.ggml.model") != "gpt2" or pre not in _SPLITS:
+    if meta.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in _SPLITS:
         return _by_transformers(path.parent, gguf_file=path.name)
     try:
-        tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
-        kinds = meta.get("tokenizer.ggml.token_type", [])
-        pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
-        backend = _byte_level_bpe({token: index for index, token in enumerate(tokens)}, pairs, _SPLITS[pre])
-        names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-        config = {
-            f"{short}_token": tokens[meta[f"tokenizer.ggml.{name}_token_id"]]
-            for name, short in names.items()
-            if f"tokenizer.ggml.{name}_token_id" in meta
-        }
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        return _of_metadata(meta, _SPLITS[pre])
+    except Exception as error:  # the package raises bare Exception
         raise ValueError(f"{path}: the tokenizer in its metadata is damaged: {error!r}") from error
+
+
+def _of_metadata(meta: Mapping[str, Any], split: str | None) -> FastTokenizer:
+    tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
+    kinds = meta.get("tokenizer.ggml.token_type", [])
+    pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
+    backend = _byte_level_bpe({token: index for index, token in enumerate(tokens)}, pairs, split)
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    config = {
+        f"{short}_token": tokens[meta[f"tokenizer.ggml.{name}_token_id"]]
+        for name, short in names.items()
+        if f"tokenizer.ggml.{name}_token_id" in meta
+    }
     backend.add_special_tokens([_special(token) for token, kind in zip(tokens, kinds) if kind == _CONTROL])
     backend.add_tokens([_plain(token) for token, kind in zip(tokens, kinds) if kind == _USER_DEFINED])
     if meta.get("tokenizer.ggml.add_bos_token") and "bos_token" in config:

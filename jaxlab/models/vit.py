@@ -8,7 +8,6 @@ Example:
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxlab.core.untrusted import read_object, understood
 from jaxlab.layers import Linear
 from jaxlab.models.load import Leaf, Part, Tensors, check, fill, nest, open_tensors
 from pallas_kernels.flash_attention import flash_attention
@@ -77,6 +77,7 @@ class ViTConfig:
         return 1 + (self.image_size // self.patch_size) ** 2
 
     @classmethod
+    @understood("config.json")
     def from_hf(cls, config: Mapping[str, Any]) -> "ViTConfig":
         """Reads the content of a `config.json` of model type "vit", "clip" or "clip_vision_model".
 
@@ -203,7 +204,7 @@ def load_vit(directory: str | os.PathLike[str]) -> tuple[VisionTransformer, Any]
         ValueError: another model type, wrong shapes, or a damaged file.
     """
     path = Path(directory)
-    config = ViTConfig.from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    config = ViTConfig.from_hf(read_object(path / "config.json"))
     with open_tensors(path) as tensors:
         table = vit_table(config, tensors)
         check(tensors, table, ignore=_other_side if config.clip else _head, most=10)

@@ -164,7 +164,9 @@ def _tokens(file: Path, model_dir: Path, sequences: int, length: int) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     if file.suffix == ".npy":
-        return np.load(file, allow_pickle=False)
+        from jaxlab.core.untrusted import array_of
+
+        return array_of(file.read_bytes(), str(file))
     from jaxlab.models import load_tokenizer
 
     ids = np.array(load_tokenizer(model_dir).encode(file.read_text(encoding="utf-8")), np.int32)

@@ -1,6 +1,5 @@
 """Bytes of a mixture-of-experts model before and after compression, from its `config.json` alone."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from flax import struct
 
+from jaxlab.core.untrusted import read_object
 from jaxlab.models.cost import parameter_count
 from jaxlab.models.decoder import DecoderConfig
 from jaxlab.puzzlemoe.config import num_pairs
@@ -66,10 +66,7 @@ def _content(source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str,
         return source
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    return read_object(path)
 
 
 def _latent_attention_model(hf: Mapping[str, Any]) -> tuple[int, int, int, int]:

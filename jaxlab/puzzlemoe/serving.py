@@ -5,11 +5,11 @@ XLA's buffer assignment, so no estimate enters but where a search looks first.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxlab.core.untrusted import read_object
 from jaxlab.puzzlemoe.config import UNMERGED, check_name, num_pairs
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def hf_config(name: str) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"model must be one of {', '.join(MODELS)}, or the path of a config.json, got {name!r}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path)
 
 
 def serving_plan(

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from jaxlab.core import Checkpointer, to_dict
 from jaxlab.core.mesh import DEFAULT_RULES, shardings
+from jaxlab.core.untrusted import read_object
 from jaxlab.models import load
 from jaxlab.models.decoder import Decoder, DecoderConfig, MoESpec, RopeConfig
 from jaxlab.models.decoder.model import abstract_params
@@ -193,11 +194,8 @@ def _hugging_face(config: DecoderConfig) -> dict[str, Any]:
 def _read_config(folder: Path) -> tuple[DecoderConfig, str, PackedPolicy, str]:
     """The decoder, the dtype of its stored parameters, how its experts are packed, the format of the weights."""
     file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("jaxlab_format") != FORMAT:
+    content = read_object(file)
+    if content.get("jaxlab_format") != FORMAT:
         raise ValueError(f"{folder} holds no packed model: config.json has no jaxlab_format {FORMAT!r}")
     try:
         packed = content["puzzlemoe"]
@@ -210,9 +208,14 @@ def _read_config(folder: Path) -> tuple[DecoderConfig, str, PackedPolicy, str]:
         if packed["bits"] not in BITS:
             raise ValueError(f"bits {packed['bits']}, expected one of {BITS}")
         forms = {name: packed[name] for name in ("bits", "group_size")}
-        policy = PackedPolicy(packed["num_pairs"], packed["unmerged"], **forms)
+        pairs, experts = packed["num_pairs"], 0 if config.moe is None else config.moe.num_experts
+        if not all(type(number) is int for number in (pairs, forms["group_size"])) or forms["group_size"] < 1:
+            raise ValueError(f"num_pairs and group_size {pairs!r}, {forms['group_size']!r}, expected whole numbers")
+        if not 0 <= 2 * pairs <= experts:
+            raise ValueError(f"num_pairs {pairs}, expected at most half of {experts} experts")
+        policy = PackedPolicy(pairs, packed["unmerged"], **forms)
         return config, config.param_dtype, policy, packed["weights"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file} does not describe a packed model: {error!r}") from error
 
 

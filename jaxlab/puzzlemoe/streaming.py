@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gc
-import json
 import os
 import shutil
 import warnings
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Integer
 
 from jaxlab import core
+from jaxlab.core.untrusted import read_object
 from jaxlab.models import load
 from jaxlab.models.decoder import Decoder, DecoderConfig
 from jaxlab.models.decoder.config import LayerRun
@@ -84,7 +84,7 @@ def compress_checkpoint(
     source = find_model(model_dir)
     if not source.is_dir():
         raise ValueError(f"model_dir must be a folder with config.json and safetensors, got {source}")
-    hf = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    hf = read_object(source / "config.json")
     if "jaxlab_format" in hf:
         raise ValueError(f"{source} is packed already (jaxlab_format {hf['jaxlab_format']!r})")
     config = DecoderConfig.from_hf(hf)

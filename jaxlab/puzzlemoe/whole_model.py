@@ -1,7 +1,6 @@
 """Whole decoders, compressed in memory and decoded again."""
 
 import dataclasses
-import json
 import math
 import operator
 import os
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
+from jaxlab.core.untrusted import read_object
 from jaxlab.models import load_pretrained
 from jaxlab.models.decoder import DecoderConfig, default_mlp
 from jaxlab.models.sources import find_model
@@ -99,10 +99,7 @@ def load_hf_moe(path: str | os.PathLike[str], *, dtype: str = "float32") -> tupl
     """
     folder = find_model(path)
     if folder.is_dir():  # before a weight is read
-        try:
-            hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+        hf = read_object(folder / "config.json")
         if "jaxlab_format" not in hf:
             check_config(DecoderConfig.from_hf(hf))
     model, params = load_pretrained(folder, dtype=dtype)

@@ -121,14 +121,13 @@ def _language_model(config: str, overrides: Sequence[str], seed: int) -> Any:
     """The config of a run on a pretrained model; None where the file is a study's."""
     import dataclasses
 
-    import yaml
-
     from jaxlab import core
+    from jaxlab.core.untrusted import read_yaml
     from jaxlab.sfpo.language_model import LanguageModelConfig
 
     with usage("CONFIG"):
         path = core.find_config(config)
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
         if not isinstance(content, dict) or "source" not in content:
             return None
         loaded = core.load_config(LanguageModelConfig, path, tuple(overrides))

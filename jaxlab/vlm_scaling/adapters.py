@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxlab.core import jsonl
 from jaxlab.core.errors import MissingExtra
+from jaxlab.core.untrusted import understood
 from jaxlab.vlm_scaling.extract import extract
 from jaxlab.vlm_scaling.samples import GreedySampler, Question, Sample, Sampler
 
@@ -53,6 +54,7 @@ def jsonl_samples_out(
     jsonl.rewrite(path, rows)
 
 
+@understood("path: a line of samples")
 def jsonl_samples_in(path: str | os.PathLike) -> dict[str, list[Sample]]:
     """Question id -> samples, from what `jsonl_samples_out` wrote or lmms-eval logged, where the id is the `doc_id`.
 

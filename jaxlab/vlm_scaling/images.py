@@ -21,15 +21,21 @@ def pixels(image: Any) -> np.ndarray:
 
     Raises:
       MissingExtra: Pillow is needed and not installed.
-      ValueError: an array of another shape or dtype.
+      ValueError: an array of another shape or dtype, or a file that is no image.
+      FileNotFoundError: no such file.
     """
     if isinstance(image, bytes | str | os.PathLike):
         pillow = require("PIL.Image", "images")
         import io
 
         source = io.BytesIO(image) if isinstance(image, bytes) else image
-        with pillow.open(source) as opened:
-            return np.asarray(opened.convert("RGB"))
+        try:
+            with pillow.open(source) as opened:
+                return np.asarray(opened.convert("RGB"))
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+            raise ValueError(f"image: expected a file that Pillow reads: {error}") from error
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise ValueError(f"image: expected uint8 of shape [H, W, 3], got {array.dtype} of shape {array.shape}")

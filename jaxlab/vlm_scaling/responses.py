@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxlab.core import jsonl
+from jaxlab.core.untrusted import understood
 from jaxlab.vlm_scaling import images
 from jaxlab.vlm_scaling.samples import Question
 
@@ -35,10 +36,13 @@ class Responses:
                 raise ValueError(f"cache: expected lines of a study in {path}, got {str(line)[:80]}")
             if line["seed"] != seed:
                 raise ValueError(f"cache: {path} was made with seed {line['seed']}, got {seed}; use another file")
+            if not isinstance(line["question"], str):
+                raise ValueError(f"cache: expected the name of a question in {path}, got {str(line)[:80]}")
             if line["question"] in self.kept:
                 if line["digest"] != self._digests[line["question"]]:
                     raise ValueError(f"cache: {path} has another question {line['question']!r}; use another file")
-                self._merge(line)
+                with understood(f"cache: a line of {path}"):
+                    self._merge(line)
 
     def seed_of(self, question: str, purpose: str) -> int:
         """A seed of 31 bits."""
@@ -54,9 +58,9 @@ class Responses:
     def _merge(self, line: dict[str, Any]) -> None:
         kept = self.kept[line["question"]]
         for kind in ("samples", "calls"):
-            kept[kind].update(line.get(kind, {}))
+            kept[kind].update(dict(line.get(kind, {})))
         for mode, scores in line.get("verdicts", {}).items():
-            kept["verdicts"].setdefault(mode, {}).update(scores)
+            kept["verdicts"].setdefault(mode, {}).update(dict(scores))
 
 
 def _digest(question: Question) -> str:

@@ -7,7 +7,6 @@
 Files that are not there raise `core.DataUnavailable`, with where they come from.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from jaxlab.core import jsonl
 from jaxlab.core.errors import DataUnavailable
+from jaxlab.core.untrusted import inside, read_json, understood
 from jaxlab.vlm_scaling import grade as grading
 from jaxlab.vlm_scaling.extract import extract
 from jaxlab.vlm_scaling.samples import Question
@@ -31,6 +31,7 @@ _CHOICES = re.compile(r"\bchoices?\s*:", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"<image>\s*")
 
 
+@understood("MathVista: a problem")
 def mathvista(path: str | os.PathLike, *, images: str | os.PathLike | None = None) -> list[Question]:
     """MathVista's testmini (arXiv 2310.02255): `testmini.json`, an object of problems by pid.
 
@@ -72,6 +73,7 @@ def mathvista(path: str | os.PathLike, *, images: str | os.PathLike | None = Non
     return questions
 
 
+@understood("MathVerse: a problem")
 def mathverse(
     path: str | os.PathLike, *, images: str | os.PathLike | None = None, versions: Sequence[str] | None = None
 ) -> list[Question]:
@@ -118,6 +120,7 @@ def mathverse(
     return questions
 
 
+@understood("GeoQA: a problem")
 def geoqa(path: str | os.PathLike, *, images: str | os.PathLike | None = None) -> list[Question]:
     """GeoQA problems (arXiv 2105.14517) in the form of Geo170K's `qa_tuning.json` or R1-V's `geoqa_test_prompts.jsonl`.
 
@@ -185,7 +188,7 @@ def _file(path: str | os.PathLike, name: str, data: str) -> Path:
 
 def _load(file: Path, data: str) -> Any:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError as error:
         raise ValueError(f"{data}: expected JSON in {file}, got damaged text ({error})") from error
     if not isinstance(content, list | dict):
@@ -207,5 +210,5 @@ def _options(text: str) -> dict[str, str] | None:
     return options if len(options) > 1 and in_order else None
 
 
-def _image(file: Path, folder: str | os.PathLike | None, name: str) -> str:
-    return str(Path(folder or file.parent) / name)
+def _image(file: Path, folder: str | os.PathLike | None, name: object) -> str:
+    return str(inside(folder or file.parent, name, f"{file}: image"))

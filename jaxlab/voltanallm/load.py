@@ -100,13 +100,13 @@ class LoadResult:
         rows = jsonl.read(path)
         try:
             answers = tuple(_answer(**row) for row in rows)
+            return cls(answers, max((max(a.piece_s, default=a.sent_s) for a in answers), default=0.0))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected the answers of a load test, got {str(rows[:1])[:100]}") from error
-        return cls(answers, max((max(a.piece_s, default=a.sent_s) for a in answers), default=0.0))
 
 
 def _answer(piece_s: Sequence[float], **fields: Any) -> Answer:
-    return Answer(piece_s=tuple(piece_s), **fields)
+    return Answer(piece_s=tuple(map(float, piece_s)), **{**fields, "sent_s": float(fields["sent_s"])})
 
 
 def _mean_gap(answer: Answer) -> float:

@@ -136,7 +136,7 @@ def read_job(path: str | os.PathLike) -> Job:
     text = path.read_text(encoding="utf-8")
     try:
         return _json(text, path) if text.lstrip()[:1] in ("{", "[") else _fasta(text, path)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

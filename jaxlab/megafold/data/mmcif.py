@@ -1,7 +1,6 @@
 """Structures from and to mmCIF, the format of the Protein Data Bank; read through gemmi (extra `folding`)."""
 
 import collections
-import gzip
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlab.core.errors import require
+from jaxlab.core.untrusted import gunzipped
 from jaxlab.megafold.data.structure import End, Structure, kind_of
 
 _COLUMNS = ("type_symbol", "label_atom_id", "label_comp_id", "label_asym_id", "Cartn_x", "Cartn_y", "Cartn_z")
@@ -47,7 +47,7 @@ def parse_mmcif(content: bytes, *, file: str = "mmCIF") -> Structure:
     """`read_mmcif` of a file's content; `file` is for errors."""
     cif = require("gemmi", "folding").cif
     try:
-        text = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        text = gunzipped(content, file) if content[:2] == b"\x1f\x8b" else content
         block = cif.read_string(text.decode("utf-8", "replace"))[0]
     except (ValueError, RuntimeError, IndexError, OSError, EOFError) as error:
         raise MMCIFError(f"{file}: not an mmCIF file: {error}") from error

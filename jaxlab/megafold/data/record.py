@@ -4,6 +4,7 @@ Integers are stored in the narrowest type that keeps them, and what follows from
 in short: token bonds, the alignment's mask (runs of equal rows), its deletions (where there are any).
 """
 
+import math
 import os
 import zipfile
 import zlib
@@ -48,8 +49,10 @@ def read_record(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, np.ndar
     arrays = {}
     for name, entry in entries.items():
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
-        size = dtype.itemsize * int(np.prod(shape))
-        arrays[name] = buffer[entry["offset"] : entry["offset"] + size].view(dtype).reshape(shape)
+        offset, size = entry["offset"], dtype.itemsize * math.prod(shape)
+        if not all(type(number) is int and number >= 0 for number in (offset, *shape)) or offset + size > buffer.nbytes:
+            raise ValueError(f"{name}: {shape} of {dtype} at byte {offset} of {buffer.nbytes}")
+        arrays[name] = buffer[offset : offset + size].view(dtype).reshape(shape)
     return _unpack(arrays), buffer.nbytes
 
 
@@ -78,7 +81,10 @@ def _unpack(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             features[name] = arrays[name]  # the largest by far: it stays where it is, and narrow
         elif name not in _SHORT:
             features[name] = arrays[name].astype(feature.dtype)
-    features["msa_mask"] = np.repeat(arrays["mask_rows"], arrays["mask_repeats"], axis=0)
+    repeats = arrays["mask_repeats"]
+    if repeats.min(initial=0) < 0 or repeats.sum() != len(features["msa"]):
+        raise ValueError(f"{repeats.sum()} rows of the alignment's mask, expected {len(features['msa'])}")
+    features["msa_mask"] = np.repeat(arrays["mask_rows"], repeats, axis=0)
     values = np.zeros(features["msa"].shape, np.float32)
     values.ravel()[arrays["deletions_at"]] = arrays["deletions_kinds"][arrays["deletions_kind"]]
     features["deletion_value"] = values

@@ -5,11 +5,12 @@ DeepSeek-MoE. Field names are those of Hugging Face's `config.json`; `families.p
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jaxlab.core.untrusted import read_object, understood
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 Number = float | int
@@ -109,7 +110,8 @@ class MoESpec:
         _set(self, "scale", float(self.scale))
         if self.sparse_layers is not None:
             _set(self, "sparse_layers", tuple(sorted(self.sparse_layers)))
-        _require(self.num_experts >= 1, "moe.num_experts", "at least 1", self.num_experts)
+        most = _MOST["num_experts"]
+        _require(1 <= self.num_experts <= most, "moe.num_experts", f"1 to {most}", self.num_experts)
         _require(1 <= self.top_k <= self.num_experts, "moe.top_k", f"in 1..{self.num_experts}", self.top_k)
         _require(self.ffn_size >= 1, "moe.ffn_size", "at least 1", self.ffn_size)
         _require(self.shared_ffn_size >= 0, "moe.shared_ffn_size", "at least 0", self.shared_ffn_size)
@@ -122,6 +124,11 @@ class MoESpec:
         )
         if self.shared_gate and not self.shared_ffn_size:
             raise ValueError("moe.shared_gate needs a shared expert: shared_ffn_size is 0")
+
+
+_MOST = {"num_hidden_layers": 10_000, "num_experts": 1 << 16}
+_MOST_OF_A_SIZE = 1 << 31
+"""A config's numbers are refused beyond these before anything is made of them."""
 
 
 class LayerRun(NamedTuple):
@@ -183,7 +190,8 @@ class DecoderConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            most = _MOST.get(name, _MOST_OF_A_SIZE)
+            _require(1 <= getattr(self, name) <= most, name, f"1 to {most}", getattr(self, name))
         _require(
             self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
             "num_key_value_heads",
@@ -269,13 +277,11 @@ class DecoderConfig:
         if not isinstance(source, Mapping):
             path = Path(source)
             path = path / "config.json" if path.is_dir() else path
-            try:
-                source = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from error
+            source = read_object(path)
         from jaxlab.models.decoder import families
 
-        return families.read(source)
+        with understood("config.json"):
+            return families.read(source)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this model.

@@ -1,12 +1,12 @@
 """What a Qwen2.5-VL model is, read from and written to Hugging Face's `config.json`."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxlab.core.untrusted import read_object, understood
 from jaxlab.models.decoder import DecoderConfig
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -96,6 +96,7 @@ class Config:
         return self.text.param_dtype
 
     @classmethod
+    @understood("config.json")
     def from_hf(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> "Config":
         """Reads a `config.json` of transformers 4 (text fields at the top, `rope_scaling`) or 5 (`text_config`).
 
@@ -110,7 +111,7 @@ class Config:
         if not isinstance(config, Mapping):
             path = Path(config)
             path = path / "config.json" if path.is_dir() else path
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_object(path)
         if config.get("model_type") != MODEL_TYPE:
             raise ValueError(f"model_type: expected {MODEL_TYPE!r}, got {config.get('model_type')!r}")
         vision = dict(config.get("vision_config") or {})

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jaxlab.core.untrusted import read_object, understood
 from jaxlab.layers import Linear
 from jaxlab.layers.sharding import named
 from jaxlab.models import load
@@ -62,6 +62,7 @@ class CLIPTextConfig:
             )
 
     @classmethod
+    @understood("config.json")
     def from_dict(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> "CLIPTextConfig":
         """Reads a configuration.
 
@@ -75,10 +76,7 @@ class CLIPTextConfig:
         if not isinstance(config, Mapping):
             path = Path(config)
             path = path / "config.json" if path.is_dir() else path
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is not JSON: {error}") from error
+            config = read_object(path)
         kind = config.get("model_type", "clip_text_model")
         if kind not in ("clip", "clip_text_model"):
             raise ValueError(f"model_type: expected 'clip_text_model', got {kind!r}")

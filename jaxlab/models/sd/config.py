@@ -1,11 +1,12 @@
 """What the networks are, read from the `config.json` of diffusers folders."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+from jaxlab.core.untrusted import read_object, understood
 
 CROSS_ATTENTION_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_ATTENTION_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -45,6 +46,7 @@ class _FromDict:
     FIXED: ClassVar[Mapping[str, Any]] = _UNET_FIXED
 
     @classmethod
+    @understood("config.json")
     def from_dict(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> Any:
         """Reads a configuration.
 
@@ -59,10 +61,7 @@ class _FromDict:
         if not isinstance(config, Mapping):
             path = Path(config)
             path = path / "config.json" if path.is_dir() else path
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is not JSON: {error}") from error
+            config = read_object(path)
         if config.get("_class_name", cls.CLASS_NAME) != cls.CLASS_NAME:
             raise ValueError(f"_class_name: expected {cls.CLASS_NAME!r}, got {config['_class_name']!r}")
         names = {field.name for field in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]

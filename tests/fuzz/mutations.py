@@ -1,0 +1,214 @@
+"""Small valid files, changed as accidents and enemies change them.
+
+Runs are short and always the same; `JAXLAB_FUZZ_MINUTES=10` makes them long and different each time, and divides the
+minutes among the cases.
+"""
+
+import json
+import os
+import re
+import secrets
+import struct
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+MINUTES = float(os.environ.get("JAXLAB_FUZZ_MINUTES", "0"))
+CASES = 60
+"""About how many share the minutes."""
+SECONDS, BYTES = 10.0, 400 << 20
+"""What one small file may take: a busy machine, and the bounds of the formats that pack their content, are in it."""
+
+_NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    127,
+    128,
+    255,
+    256,
+    1 << 16,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 40,
+    (1 << 63) - 1,
+    -(1 << 63),
+)
+_WORDS = (
+    *(b"0", b"-1", b"7", b"1e999", b"-1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b'"\\ud800"', b"9" * 30),
+    *(b"9" * 5000, b"[" * 3000, b"\x00", b"\xff\xfe", b"../../etc/passwd", b"/etc/passwd", b"%s%n", b"'", b"\n", b","),
+)
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 3, 1 << 31, 1 << 63, 10**30, 1.5, -1.0, 1e308, float("nan"), float("inf")),
+    *("", "x", "../../etc/passwd", "/etc/passwd", "\x00", "\ud800", "9" * 50, [], {}, [[]], [None], {"": None}),
+    *(["x"], [1, 2, 3], {"a": {"b": [1]}}, [[1, 2], [3]]),
+)
+"""What may stand where JSON has something else."""
+
+
+@st.composite
+def _edit(draw: Any) -> tuple[str, float, Any]:
+    kind = draw(st.sampled_from(("flip", "set", "number", "cut", "drop", "repeat", "insert", "digits", "zeros")))
+    # The start of a file tells about the rest: half of all changes go there.
+    place = draw(st.one_of(st.floats(0, 1), st.integers(0, 200).map(float).map(lambda at: -1.0 - at)))
+    detail = {
+        "flip": st.integers(0, 7),
+        "set": st.integers(0, 255),
+        "number": st.tuples(st.sampled_from(_NUMBERS), st.sampled_from((2, 4, 8)), st.sampled_from("<>")),
+        "cut": st.none(),
+        "drop": st.integers(1, 64),
+        "repeat": st.integers(1, 300),
+        "insert": st.one_of(st.sampled_from(_WORDS), st.binary(min_size=1, max_size=16)),
+        "digits": st.sampled_from(_WORDS),
+        "zeros": st.integers(1, 200),
+    }[kind]
+    return kind, place, draw(detail)
+
+
+def edits(most: int = 4) -> st.SearchStrategy[list[tuple[str, float, Any]]]:
+    """Changes to make to bytes, one after the other."""
+    return st.lists(_edit(), min_size=1, max_size=most)
+
+
+def changed(content: bytes, changes: list[tuple[str, float, Any]]) -> bytes:
+    """The bytes after the changes."""
+    for kind, place, detail in changes:
+        at = min(int(-1 - place), len(content)) if place < 0 else int(place * len(content))
+        before, after = content[:at], content[at:]
+        if kind == "flip" and after:
+            content = before + bytes([after[0] ^ 1 << detail]) + after[1:]
+        elif kind == "set" and after:
+            content = before + bytes([detail]) + after[1:]
+        elif kind == "number":
+            value, size, order = detail
+            content = (
+                before + (value % (1 << 8 * size)).to_bytes(size, "little" if order == "<" else "big") + after[size:]
+            )
+        elif kind == "cut":
+            content = before
+        elif kind == "drop":
+            content = before + after[detail:]
+        elif kind == "repeat":
+            content = before + after[:64] * detail + after
+        elif kind == "insert":
+            content = before + detail + after
+        elif kind == "digits":  # a number that is written out becomes another word
+            found = re.compile(rb"-?\d[\d.eE+-]*").search(content, at)
+            if found:
+                content = content[: found.start()] + detail + content[found.end() :]
+        elif kind == "zeros":
+            content = before + bytes(min(detail, len(after))) + after[detail:]
+    return content
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all values inside of a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, item in inner for found in places(item, (*path, key)))]
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """A copy with another value at a path; `...` takes the one there out."""
+    if not path:
+        return None if new is ... else new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if len(path) > 1:
+        copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    elif new is ...:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = new
+    return copy
+
+
+@st.composite
+def _other_json(draw: Any, value: Any) -> Any:
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(places(value)))
+        new = draw(st.sampled_from((..., *VALUES)))
+        value = replaced(value, path, new)
+    return value
+
+
+def json_of(value: Any) -> st.SearchStrategy[Any]:
+    """The value with others in some of its places, or without them."""
+    return _other_json(value)
+
+
+def text_of(value: Any) -> bytes:
+    """JSON as Python's own writer would have it, which knows NaN."""
+    return json.dumps(value).encode()
+
+
+def npy(array: Any) -> bytes:
+    """An array as a `.npy` file."""
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def zipped(members: dict[str, bytes], *, packed: bool = False) -> bytes:
+    """A zip archive."""
+    import io
+    import zipfile
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def u64(value: int) -> bytes:
+    """Eight bytes, little-endian."""
+    return struct.pack("<Q", value)
+
+
+def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], examples: int = 40) -> None:
+    """Calls `check` with what is drawn: so many, the same in every run; or others for a share of the minutes."""
+
+    def run(number: int | None) -> None:
+        wanted = settings(
+            max_examples=examples if number is None else 500,
+            derandomize=number is None,
+            database=None,
+            deadline=None,
+            phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        )
+        test = wanted(given(strategy)(check))
+        (test if number is None else seed(number)(test))()
+
+    run(None)
+    end = time.monotonic() + MINUTES * 60 / CASES
+    while time.monotonic() < end:
+        run(secrets.randbits(32))
+
+
+def bounded(read: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Any:
+    """What `read` gives, or None after an error that it may raise; fails where it takes long or much memory."""
+    tracemalloc.start()
+    started = time.monotonic()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return read()
+    except errors:
+        return None
+    finally:
+        taken = time.monotonic() - started
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < BYTES, f"{peak >> 20} MiB for a small file"
+        assert taken < SECONDS, f"{taken:.1f} s for a small file"

@@ -1,0 +1,270 @@
+"""Every HTTP endpoint under requests of any shape: the client's fault is 4xx, and the server goes on.
+
+The engine is a stand-in without a network, so that a request costs nothing; the server, its limits and its port are real.
+"""
+
+import json
+import re
+import socket
+
+import pytest
+from hypothesis import strategies as st
+
+from tests.fuzz.mutations import VALUES, changed, edits, fuzz, json_of, text_of
+
+pytest.importorskip("fastapi", reason="the extra 'serving' is not installed")
+httpx = pytest.importorskip("httpx")
+
+KEY = "a-secret-of-this-test"
+COMPLETION = {
+    **{"model": "toy", "prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "n": 1},
+    **{"stop": ["x"], "seed": 1, "logprobs": 1, "stream": False, "stop_token_ids": [5], "min_p": 0.1, "echo": False},
+}
+CHAT = {
+    **{"model": "toy", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "max_tokens": 2},
+    **{"stream": True, "stream_options": {"include_usage": True}, "logprobs": True, "top_logprobs": 2},
+}
+CLOCK = {"mode": "set", "freq_mhz": 1200, "slo_ms": 50.0, "worker": "0"}
+BODIES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT, "/control/freq": CLOCK}
+PATHS = ("/v1/models", "/v1/models/toy", "/v1/models/x", "/health", "/metrics", "/", "/dashboard/data", "/control/freq")
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    from jaxlab.voltanallm.limits import Limits
+    from tests.voltanallm import servers
+
+    tokenizer = servers.chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    limits = Limits(body_bytes=100_000)
+    with servers.live(servers.toy_engine(), tokenizer=tokenizer, api_key=KEY, limits=limits) as (_, client):
+        client.headers["Authorization"] = f"Bearer {KEY}"
+        client.timeout = 60.0
+        yield client
+
+
+def answered(client, answer):
+    """No fault of the server, told as OpenAI does, without the key; and the next request is answered."""
+    assert answer.status_code < 500, f"{answer.status_code}: {answer.text[:300]}"
+    assert KEY not in answer.text
+    if answer.status_code >= 400:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, answer.text[:300]
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_other_values(client, path):
+    def check(value):
+        body = text_of(value)
+        answered(client, client.post(path, content=body, headers={"Content-Type": "application/json"}))
+
+    # Few tokens whatever else is asked for: what a request may cost has tests of its own.
+    def few(value):
+        return {**value, "max_tokens": 2, "n": 1} if isinstance(value, dict) and "max_tokens" in BODIES[path] else value
+
+    fuzz(json_of(BODIES[path]).map(few), check, examples=60)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_changed_bytes(client, path):
+    content = text_of(BODIES[path])
+
+    def check(drawn):
+        body = changed(content, drawn)
+        if len(re.findall(rb'"max_tokens": 2\b', body)) == len(re.findall(rb'"max_tokens": 2\b', content)):
+            answered(client, client.post(path, content=body, headers={"Content-Type": "application/json"}))
+
+    fuzz(edits(), check)
+    for body in (b"[" * 50_000, b'{"a":' * 20_000, b"", b"\xff\xfe", b"null", b"0", b"1" * 50_000, b"x" * 200_000):
+        answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert 400 <= answer.status_code < 500
+        answered(client, answer)
+
+
+def test_paths_and_queries(client):
+    pieces = st.sampled_from(
+        ("..", "%2e%2e", "%00", "%ff", "models", "v1", "etc/passwd", "a" * 300, "%F0%9F%98%80", "//")
+    )
+    path = st.one_of(st.sampled_from(PATHS), st.lists(pieces, max_size=5).map(lambda parts: "/" + "/".join(parts)))
+    query = st.sampled_from(
+        ("", "?since=nan", "?since=inf", "?since=-1e999", "?since=x", "?since=" + "9" * 400, "?a=%00", "?&&=")
+    )
+    method = st.sampled_from(("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
+
+    def check(drawn):
+        method, path, query = drawn
+        answer = client.request(method, path + query)
+        assert "root:" not in answer.text
+        if method == "HEAD":
+            assert answer.status_code < 500
+        else:
+            answered(client, answer)
+
+    fuzz(st.tuples(method, path, query), check)
+
+
+def test_headers(client):
+    names = st.sampled_from(
+        (
+            "Authorization",
+            "Content-Type",
+            "Content-Length",
+            "Transfer-Encoding",
+            "Host",
+            "Accept",
+            "Expect",
+            "Cookie",
+            "X-A",
+        )
+    )
+    values = st.sampled_from(
+        (
+            *(
+                "",
+                "x",
+                "Bearer",
+                f"Bearer {KEY}x",
+                "Basic !!!",
+                "Basic eDp5",
+                "bearer \xff",
+                "application/json; charset=x",
+            ),
+            *("text/plain", "-1", "9" * 30, "1e3", "chunked", "chunked, chunked", "100-continue", "a" * 2000, "1, 1"),
+        )
+    )
+
+    def check(drawn):
+        """Over a bare socket: a client would not send them."""
+        path, headers, body = drawn
+        lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *(f"{n}: {v}" for n, v in headers)]
+        place = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(place, timeout=20) as peer:
+            peer.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body)
+            peer.shutdown(socket.SHUT_WR)
+            answer = peer.makefile("rb").read()
+        status = re.match(rb"HTTP/1\.1 (\d+)", answer)
+        assert status is None or int(status[1]) < 500, answer[:300]
+        assert KEY.encode() not in answer
+        assert client.get("/health").json() == {"status": "ok"}
+
+    body = text_of(COMPLETION)
+    drawn = st.tuples(
+        st.sampled_from(sorted(BODIES)), st.lists(st.tuples(names, values), max_size=3), st.sampled_from((body, b""))
+    )
+    fuzz(drawn, check)
+
+
+def test_bytes_that_are_no_http(client):
+    start = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 20\r\n\r\n".encode()
+
+    def check(drawn):
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as peer:
+            peer.sendall(changed(start, drawn))
+            peer.shutdown(socket.SHUT_WR)
+            answer = peer.makefile("rb").read()
+        status = re.match(rb"HTTP/1\.1 (\d+)", answer)
+        assert status is None or int(status[1]) < 500, answer[:300]
+        assert client.get("/health").json() == {"status": "ok"}
+
+    fuzz(edits(), check)
+
+
+def test_the_viewer(monkeypatch, tmp_path):
+    """The server of `jaxlab flexgaussian view`, which answers a fixed set of paths."""
+    from jaxlab.flexgaussian.viewer import serve
+    from tests.flexgaussian.scenes import random_scene
+
+    (tmp_path / "engine.mjs").write_text("export {}")
+    with serve(random_scene(count=8, degree=0), viewer_js=tmp_path / "engine.mjs") as url:
+        place = httpx.URL(url)
+        start = f"GET /about.json HTTP/1.1\r\nHost: {place.host}:{place.port}\r\nConnection: close\r\n\r\n".encode()
+
+        def ask(content):
+            with socket.create_connection((place.host, place.port), timeout=20) as peer:
+                peer.sendall(content)
+                peer.shutdown(socket.SHUT_WR)
+                return peer.makefile("rb").read()
+
+        whole = ask(start)
+        assert b"200" in whole.split(b"\r\n")[0]
+
+        def check(drawn):
+            answer = ask(changed(start, drawn))
+            status = re.match(rb"HTTP/1\.[01] (\d+)", answer)
+            # 501 and 505: a method and a version that it does not have.
+            assert status is None or int(status[1]) < 500 or int(status[1]) in (501, 505), answer[:300]
+            assert b"root:" not in answer
+
+        fuzz(edits(), check)
+        for path in (
+            "/../../etc/passwd",
+            "/%2e%2e/%2e%2e/etc/passwd",
+            "//etc/passwd",
+            "/about.json/../../x",
+            "/engine.mjs",
+        ):
+            assert b" 404 " in ask(start.replace(b"/about.json", path.encode())).split(b"\r\n")[0]
+        assert ask(start) == whole or b"200" in ask(start)
+
+
+def test_what_an_endpoint_answers():
+    """The other side: a server that lies to our client."""
+    from jaxlab.inference.endpoint import EndpointError, read_completion, read_pieces
+
+    answer = {
+        "choices": [
+            {
+                **{"index": 0, "message": {"content": "a"}, "finish_reason": "stop"},
+                "logprobs": {
+                    "content": [{"token": "a", "logprob": -1.0, "top_logprobs": [{"token": "a", "logprob": -1}]}]
+                },
+            },
+            {
+                **{"index": 1, "text": "b", "finish_reason": None},
+                "logprobs": {"tokens": ["b"], "token_logprobs": [None], "top_logprobs": [{"b": 0.0}]},
+            },
+        ],
+        "usage": {"total_tokens": 3},
+    }
+    piece = {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]}
+
+    def whole(other):
+        try:
+            read_completion(other if isinstance(other, dict) else {"choices": other}, "http://x")
+        except EndpointError:
+            pass
+
+    def pieces(other):
+        try:
+            list(read_pieces(json.dumps(other), EndpointError))
+        except EndpointError:
+            pass
+
+    fuzz(json_of(answer), whole, examples=100)
+    fuzz(json_of(piece), pieces, examples=60)
+    for value in VALUES:
+        whole(value)
+        pieces(value)
+    for text in ("[" * 100_000, "", "{", "null", '"error"'):
+        with pytest.raises(EndpointError):
+            list(read_pieces(text, EndpointError))
+
+
+def test_strangers_at_the_transfer_of_keys_and_values():
+    """Bytes of any kind at the port where workers fetch keys and values: the port goes on."""
+    from jaxlab.inference.tcp_transfer import TcpTransfer
+
+    end = TcpTransfer(b"0123456789abcdef", timeout_s=5.0)
+    try:
+
+        def check(drawn):
+            with socket.create_connection(end.address, timeout=20) as peer:
+                peer.sendall(drawn)
+                peer.shutdown(socket.SHUT_WR)
+                answer = peer.makefile("rb").read()
+            assert len(answer) <= 16  # its nonce, and nothing to who does not know the secret
+
+        fuzz(st.binary(max_size=100), check)
+        assert not end._closed
+        assert end._thread.is_alive()
+    finally:
+        end.close()
