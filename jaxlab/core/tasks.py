@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from jaxlab.core import jsonl
+from jaxlab.core import jsonl, plain_values
 from jaxlab.core.workers import LocalCrew, RayCrew
 
 I = TypeVar("I")
@@ -70,7 +70,8 @@ def map(
       ray: None for processes on this machine, which stay warm for the next call and end with this process; "auto" or
         an address for actors of a Ray cluster (extra `ray`).
       folder: where finished results are kept, in `results.jsonl`; called again with the same function, only items
-        without a value, or with another content at their position, are computed.
+        without a value, or with another content at their position, are computed. Values must be numbers, text, bytes,
+        NumPy arrays, or lists, tuples, sets and dicts of such: another is an error of its item.
 
     Returns:
       An iterator; closing it early stops the work.
@@ -302,7 +303,11 @@ class _Run:
 
     def _finish(self, index: int, result: TaskResult, store: bool = False) -> None:
         if store and self._store is not None:
-            self._store.add(index, result)
+            try:
+                self._store.add(index, result)
+            except TypeError as error:
+                result = TaskResult(result.item, error=f"the value cannot be kept in the folder: {error}")
+                self._store.add(index, result)
         with self._condition:
             self._results[index] = result
             self._condition.notify_all()
@@ -311,7 +316,8 @@ class _Run:
 class _Store:
     """Finished results in `<folder>/results.jsonl`, found again by position and content of the item.
 
-    In memory there is only where each line begins. Values that JSON keeps exactly are stored as JSON, others pickled.
+    In memory there is only where each line begins. Values are stored as plain ones (`plain_values`): a file that
+    somebody else wrote cannot run code.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -332,14 +338,13 @@ class _Store:
         if digest is None or digest != _digest(item):
             return None
         row = jsonl.read_at(self._path, offset)
-        return (pickle.loads(bytes.fromhex(row["pickle"])) if "pickle" in row else row["value"],)
+        return (plain_values.decode(row["value"]),)
 
     def add(self, index: int, result: TaskResult) -> None:
         """Stores a result before it is yielded."""
         row = {"index": index, "item": _digest(result.item), "error": result.error}
         if result.error is None:
-            exact = _is_json(result.value)
-            row |= {"value": result.value} if exact else {"pickle": pickle.dumps(result.value, protocol=5).hex()}
+            row["value"] = plain_values.encode(result.value)
         jsonl.append(self._path, row)
 
 
@@ -351,15 +356,6 @@ def _name(fn: Any) -> str:
         owner = getattr(fn, "__self__", None)
         return f"{fn.__module__}.{fn.__qualname__}" + ("" if owner is None else f" of {_digest(owner)}")
     return f"{type(fn).__module__}.{type(fn).__qualname__}({_digest(fn)})"
-
-
-def _is_json(value: Any) -> bool:
-    """Whether JSON gives back exactly this value, types included."""
-    if value is None or type(value) in (bool, int, float, str):
-        return True
-    if type(value) is list:
-        return all(_is_json(item) for item in value)
-    return type(value) is dict and all(type(key) is str and _is_json(item) for key, item in value.items())
 
 
 def _digest(item: Any) -> str:

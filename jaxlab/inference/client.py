@@ -18,7 +18,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, 
 from typing import Any, TypeVar
 
 from jaxlab.core.errors import require
-from jaxlab.inference.endpoint import SHOWN, Completion, EndpointError, Piece, error_text, read_completion, read_pieces
+from jaxlab.inference.endpoint import (
+    SHOWN,
+    Completion,
+    EndpointError,
+    Piece,
+    error_text,
+    read_completion,
+    read_pieces,
+    without_password,
+)
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
@@ -66,7 +75,7 @@ class AsyncClient:
         """
         self._httpx = require("httpx", "agents")
         if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url: expected an http:// or https:// address, got {base_url!r}")
+            raise ValueError(f"base_url: expected an http:// or https:// address, got {without_password(base_url)!r}")
         for name, value in {"timeout_s": timeout_s, "stall_s": stall_s, "connect_s": connect_s}.items():
             if not value > 0:
                 raise ValueError(f"{name}: expected more than 0 seconds, got {value}")
@@ -100,11 +109,12 @@ class AsyncClient:
           ValueError: no model is named.
         """
         body = {"messages": [dict(message) for message in messages], **options}
-        return read_completion(await self._ask("/chat/completions", body, model), self.base_url)
+        return read_completion(await self._ask("/chat/completions", body, model), without_password(self.base_url))
 
     async def complete(self, prompt: str | Sequence[int], *, model: str | None = None, **options: Any) -> Completion:
         """A whole continuation of a text, or of token ids; as `chat`, but `logprobs` is a number here."""
-        return read_completion(await self._ask("/completions", {"prompt": prompt, **options}, model), self.base_url)
+        answer = await self._ask("/completions", {"prompt": prompt, **options}, model)
+        return read_completion(answer, without_password(self.base_url))
 
     async def stream_chat(
         self, messages: Sequence[Message], *, model: str | None = None, **options: Any
@@ -157,7 +167,7 @@ class AsyncClient:
                 attempt.check(answer.status_code, answer.headers, answer.text)
                 try:
                     return dict(answer.json())
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, RecursionError) as error:
                     raise attempt.error(f"expected JSON, got {answer.text[:SHOWN]!r}") from error
         raise AssertionError("an attempt returns or raises")
 
@@ -188,7 +198,11 @@ class AsyncClient:
     async def _attempts(self, path: str) -> AsyncIterator["_Attempt"]:
         for number in range(1, self._max_retries + 2):
             attempt = _Attempt(
-                self._httpx, self.base_url + path, number, number <= self._max_retries, self._max_backoff_s
+                self._httpx,
+                without_password(self.base_url + path),
+                number,
+                number <= self._max_retries,
+                self._max_backoff_s,
             )
             yield attempt
             ceiling = min(self._max_backoff_s, self._backoff_s * 2 ** (number - 1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -70,12 +71,17 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
+def without_password(url: str) -> str:
+    """An address as messages and logs may have it: a name and password before the host are left out."""
+    return re.sub(r"//[^/?#]*@", "//", url)
+
+
 def error_text(text: str) -> str:
     """What an error's body says."""
     try:
         error = json.loads(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
+        return str(error["message"] if isinstance(error, dict) else error)[:SHOWN]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return text[:SHOWN].strip()
 
 
@@ -91,7 +97,7 @@ def read_completion(answer: Mapping[str, Any], url: str) -> Completion:
             Choice(_text(choice, "message"), choice.get("finish_reason"), _logprobs(choice.get("logprobs")))
             for choice in choices
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise EndpointError(f"{url}: expected an answer with choices, got {str(answer)[:SHOWN]}", status=200) from error
     if not made:
         raise EndpointError(f"{url}: expected at least one choice, got none", status=200)
@@ -107,7 +113,7 @@ def read_pieces(data: str, fail: Callable[[str], EndpointError]) -> Iterator[Pie
         for choice in event["choices"]:
             text, logprobs = _text(choice, "delta"), _logprobs(choice.get("logprobs"))
             yield Piece(text, choice.get("index", 0), choice.get("finish_reason"), logprobs)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise fail(f"expected a piece of a stream, got {data[:SHOWN]!r}") from error
 
 
