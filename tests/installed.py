@@ -54,8 +54,8 @@ def every_public_name_is_there():
 def what_needs_an_extra_names_it():
     from jaxlab.core import MissingExtra, plan, tasks
     from jaxlab.eaglet import ReasoningGymEnv, ScienceWorldEnv, TextWorldEnv
-    from jaxlab.flexgaussian.container import to_bytes
     from jaxlab.flexgaussian.compressed import quantize
+    from jaxlab.flexgaussian.container import to_bytes
     from jaxlab.inference import Client
     from jaxlab.instantedit import emoji
     from jaxlab.megafold.data.mmcif import parse_mmcif

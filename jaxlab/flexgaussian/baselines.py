@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlab.core.folders import kept_or_temporary
+from jaxlab.core.untrusted import read_npz
 from jaxlab.flexgaussian.compressed import dequantize, quantize
 from jaxlab.flexgaussian.config import QuantConfig
 from jaxlab.flexgaussian.container import load_compressed, save_compressed
@@ -94,9 +95,9 @@ def _uniform8(scene: GaussianScene, path: Path, **_: Any) -> tuple[GaussianScene
         stored |= _spread(name, getattr(scene, name))
     path = path.with_suffix(".npz")
     np.savez_compressed(path, **stored)
-    with np.load(path) as file:
-        values = {name: _joined(file, name) for name in _TENSORS}
-        return checked(GaussianScene(means=file["means"].astype(np.float32), **values)), path.stat().st_size
+    file = read_npz(path)
+    values = {name: _joined(file, name) for name in _TENSORS}
+    return checked(GaussianScene(means=file["means"].astype(np.float32), **values)), path.stat().st_size
 
 
 def _palette(scene: GaussianScene, path: Path, **_: Any) -> tuple[GaussianScene, int]:
@@ -119,22 +120,22 @@ def _palette(scene: GaussianScene, path: Path, **_: Any) -> tuple[GaussianScene,
         stored |= _spread("vectors", vectors) | {"labels": _bytes(labels[:, None].astype("<u2"))}
     path = path.with_suffix(".npz")
     np.savez_compressed(path, **stored)
-    with np.load(path) as file:
-        grid = np.ascontiguousarray(file["means"].T).view("<u2").astype(np.float64)
-        means = file["range"][0] + file["range"][1] * grid
-        harmonics = np.zeros((len(means), 0), np.float32)
-        if terms:
-            labels = np.ascontiguousarray(file["labels"].T).view("<u2")[:, 0]
-            harmonics = _joined(file, "vectors")[labels]
-        back = GaussianScene(
-            means=(np.sign(means) * np.expm1(np.abs(means))).astype(np.float32),
-            log_scales=_joined(file, "log_scales"),
-            quats=_joined(file, "quats"),
-            opacity_logit=logit(file["opacity"] / 255),
-            sh0=_joined(file, "sh0"),
-            shN=harmonics.reshape(len(means), terms, 3),
-        )
-        return checked(back), path.stat().st_size
+    file = read_npz(path)
+    grid = np.ascontiguousarray(file["means"].T).view("<u2").astype(np.float64)
+    means = file["range"][0] + file["range"][1] * grid
+    harmonics = np.zeros((len(means), 0), np.float32)
+    if terms:
+        labels = np.ascontiguousarray(file["labels"].T).view("<u2")[:, 0]
+        harmonics = _joined(file, "vectors")[labels]
+    back = GaussianScene(
+        means=(np.sign(means) * np.expm1(np.abs(means))).astype(np.float32),
+        log_scales=_joined(file, "log_scales"),
+        quats=_joined(file, "quats"),
+        opacity_logit=logit(file["opacity"] / 255),
+        sh0=_joined(file, "sh0"),
+        shN=harmonics.reshape(len(means), terms, 3),
+    )
+    return checked(back), path.stat().st_size
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
@@ -149,7 +150,7 @@ def _spread(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(np.moveaxis(codes, 0, -1)), f"{name}.range": np.array([low, high])}
 
 
-def _joined(file: Any, name: str) -> np.ndarray:
+def _joined(file: dict[str, np.ndarray], name: str) -> np.ndarray:
     low, high = file[f"{name}.range"]
     return np.moveaxis((low + (high - low) / 255 * file[name]).astype(np.float32), -1, 0)
 

@@ -92,16 +92,16 @@ def read_completion(answer: Mapping[str, Any], url: str) -> Completion:
       EndpointError: it is not one.
     """
     try:
-        choices = sorted(answer["choices"], key=lambda choice: choice.get("index", 0))
+        choices = sorted(answer["choices"], key=_index)
         made = tuple(
-            Choice(_text(choice, "message"), choice.get("finish_reason"), _logprobs(choice.get("logprobs")))
-            for choice in choices
+            Choice(_text(choice, "message"), _reason(choice), _logprobs(choice.get("logprobs"))) for choice in choices
         )
+        usage = dict(answer.get("usage") or {})
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise EndpointError(f"{url}: expected an answer with choices, got {str(answer)[:SHOWN]}", status=200) from error
     if not made:
         raise EndpointError(f"{url}: expected at least one choice, got none", status=200)
-    return Completion(made, answer.get("usage") or {}, answer)
+    return Completion(made, usage, answer)
 
 
 def read_pieces(data: str, fail: Callable[[str], EndpointError]) -> Iterator[Piece]:
@@ -111,14 +111,27 @@ def read_pieces(data: str, fail: Callable[[str], EndpointError]) -> Iterator[Pie
         if "error" in event:
             raise fail(f"the stream broke: {error_text(data)}")
         for choice in event["choices"]:
-            text, logprobs = _text(choice, "delta"), _logprobs(choice.get("logprobs"))
-            yield Piece(text, choice.get("index", 0), choice.get("finish_reason"), logprobs)
+            yield Piece(_text(choice, "delta"), _index(choice), _reason(choice), _logprobs(choice.get("logprobs")))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise fail(f"expected a piece of a stream, got {data[:SHOWN]!r}") from error
 
 
 def _text(choice: Mapping[str, Any], part: str) -> str:
-    return (choice[part].get("content") if part in choice else choice["text"]) or ""
+    return _of_type(str, (choice[part].get("content") if part in choice else choice["text"]) or "")
+
+
+def _reason(choice: Mapping[str, Any]) -> str | None:
+    return _of_type(str | None, choice.get("finish_reason"))
+
+
+def _index(choice: Mapping[str, Any]) -> int:
+    return _of_type(int, choice.get("index", 0))
+
+
+def _of_type(kind: Any, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind}, got {value!r}"[:SHOWN])
+    return value
 
 
 def _logprobs(given: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...] | None:
@@ -128,13 +141,16 @@ def _logprobs(given: Mapping[str, Any] | None) -> tuple[TokenLogprob, ...] | Non
     if given.get("content") is not None:
         return tuple(
             TokenLogprob(
-                each["token"],
+                _of_type(str, each["token"]),
                 float(each["logprob"]),
-                {top["token"]: float(top["logprob"]) for top in each.get("top_logprobs") or ()},
+                {_of_type(str, top["token"]): float(top["logprob"]) for top in each.get("top_logprobs") or ()},
             )
             for each in given["content"]
         )
     tokens, values = given.get("tokens") or (), given.get("token_logprobs") or ()
     tops = given.get("top_logprobs") or [{}] * len(tokens)
     known = (value if value is not None else float("nan") for value in values)  # the first token of an echo has none
-    return tuple(TokenLogprob(token, float(value), dict(top or {})) for token, value, top in zip(tokens, known, tops))
+    return tuple(
+        TokenLogprob(_of_type(str, token), float(value), {str(name): float(p) for name, p in dict(top or {}).items()})
+        for token, value, top in zip(tokens, known, tops)
+    )

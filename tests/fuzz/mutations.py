@@ -180,7 +180,7 @@ def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], example
 
     def run(number: int | None) -> None:
         wanted = settings(
-            max_examples=examples if number is None else 500,
+            max_examples=examples if number is None else 100,
             derandomize=number is None,
             database=None,
             deadline=None,

@@ -73,6 +73,19 @@ def client(tmp_path_factory):
         yield client
 
 
+def raw(host, port, content):
+    """What a server answers to these bytes; nothing where it ends the connection."""
+    with (
+        socket.create_connection((host, port), timeout=20) as peer,
+        contextlib.suppress(ConnectionError, BrokenPipeError),
+    ):
+        peer.sendall(content)
+        with contextlib.suppress(OSError):  # it has gone already
+            peer.shutdown(socket.SHUT_WR)
+        return peer.makefile("rb").read()
+    return b""
+
+
 def answered(client, answer):
     """No fault of the server, told as OpenAI does, without the key; and the next request is answered."""
     assert answer.status_code < 500, f"{answer.status_code}: {answer.text[:300]}"
@@ -123,7 +136,7 @@ def test_paths_and_queries(client):
 
     def check(drawn):
         method, path, query = drawn
-        answer = client.request(method, path + query)
+        answer = client.request(method, str(client.base_url).rstrip("/") + path + query)
         assert "root:" not in answer.text
         if method == "HEAD":
             assert answer.status_code < 500
@@ -167,11 +180,8 @@ def test_headers(client):
         """Over a bare socket: a client would not send them."""
         path, headers, body = drawn
         lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *(f"{n}: {v}" for n, v in headers)]
-        place = (client.base_url.host, client.base_url.port)
-        with socket.create_connection(place, timeout=20) as peer:
-            peer.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body)
-            peer.shutdown(socket.SHUT_WR)
-            answer = peer.makefile("rb").read()
+        content = "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body
+        answer = raw(client.base_url.host, client.base_url.port, content)
         status = re.match(rb"HTTP/1\.1 (\d+)", answer)
         assert status is None or int(status[1]) < 500, answer[:300]
         assert KEY.encode() not in answer
@@ -189,10 +199,7 @@ def test_bytes_that_are_no_http(client):
     start = "\r\n".join(lines).encode()
 
     def check(drawn):
-        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as peer:
-            peer.sendall(changed(start, drawn))
-            peer.shutdown(socket.SHUT_WR)
-            answer = peer.makefile("rb").read()
+        answer = raw(client.base_url.host, client.base_url.port, changed(start, drawn))
         status = re.match(rb"HTTP/1\.1 (\d+)", answer)
         assert status is None or int(status[1]) < 500, answer[:300]
         assert client.get("/health").json() == {"status": "ok"}
@@ -200,7 +207,7 @@ def test_bytes_that_are_no_http(client):
     fuzz(edits(), check)
 
 
-def test_the_viewer(monkeypatch, tmp_path):
+def test_the_viewer(tmp_path):
     """The server of `jaxlab flexgaussian view`, which answers a fixed set of paths."""
     from jaxlab.flexgaussian.viewer import serve
     from tests.flexgaussian.scenes import random_scene
@@ -211,10 +218,7 @@ def test_the_viewer(monkeypatch, tmp_path):
         start = f"GET /about.json HTTP/1.1\r\nHost: {place.host}:{place.port}\r\nConnection: close\r\n\r\n".encode()
 
         def ask(content):
-            with socket.create_connection((place.host, place.port), timeout=20) as peer:
-                peer.sendall(content)
-                peer.shutdown(socket.SHUT_WR)
-                return peer.makefile("rb").read()
+            return raw(place.host, place.port, content)
 
         whole = ask(start)
         assert b"200" in whole.split(b"\r\n")[0]
@@ -238,7 +242,7 @@ def test_the_viewer(monkeypatch, tmp_path):
         assert ask(start) == whole or b"200" in ask(start)
 
 
-def test_what_an_endpoint_answers():
+def test_what_an_endpoint_answers(unchecked):
     """The other side: a server that lies to our client."""
     from jaxlab.inference.endpoint import EndpointError, read_completion, read_pieces
 
@@ -285,10 +289,7 @@ def test_strangers_at_the_transfer_of_keys_and_values():
     try:
 
         def check(drawn):
-            with socket.create_connection(end.address, timeout=20) as peer:
-                peer.sendall(drawn)
-                peer.shutdown(socket.SHUT_WR)
-                answer = peer.makefile("rb").read()
+            answer = raw(*end.address, drawn)
             assert len(answer) <= 16  # its nonce, and nothing to who does not know the secret
 
         fuzz(st.binary(max_size=100), check)
