@@ -33,22 +33,36 @@ DECODERS = (
     "eval_seeds=[0]",
 )
 QUESTS = (
-    "world={name: text_world, options: {n_tasks: 24}}",
-    "planner={hidden_size: 128, layers: 3, heads: 4, context: 384}",
+    "world={name: text_world, options: {n_tasks: 1500, n_held_out: 48, lengths: [3, 5], unseen_lengths: [4, 6], "
+    "max_steps: 20, text: false}}",
+    "planner={hidden_size: 64, layers: 3, heads: 4, context: 256}",
     "corruption=0.5",
-    "sft={steps: 400, batch_size: 16, optimizer: {learning_rate: 1e-3, warmup_steps: 20}}",
-    "grpo.steps=40",
-    "grpo.max_prompt_length=192",
-    "grpo.max_completion_length=192",
+    "restate=false",
+    "sft={steps: 1200, batch_size: 16, optimizer: {learning_rate: 4e-3, warmup_steps: 30}}",
+    "filter_seeds=[0]",
+    "grpo.seeds=[0]",
+    "grpo.steps=60",
+    "grpo.max_prompt_length=144",
+    "grpo.max_completion_length=80",
 )
-SCIENCE = ("world={name: science_world, train: 1, held_out: 12}", "eval_seeds=[0]")
-TRAINED = ("none", "untrained", "other_type", "sft_all", "sft", "grpo")
+SCIENCE = (
+    "world={name: science_world, options: {per_type: 2, list_commands: false}, held_out: 24}",
+    "planner={hidden_size: 64, layers: 2, heads: 4, context: 640}",
+    "corruption=0.5",
+    "restate=false",
+    "sft={steps: 250, batch_size: 16, optimizer: {learning_rate: 3e-3, warmup_steps: 20}}",
+    "filter_seeds=[0]",
+    "grpo.max_completion_length=400",
+    "eval_seeds=[0]",
+)
+COLD = ("none", "untrained", "other_type", "sft_all", "sft")
+TRAINED = (*COLD, "grpo")
 ABLATED = ("grpo_expert", "grpo_novice", "grpo_success", "dpo", "best_of")
 WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]] = {
     "grid": ("Grid world, scripted executors", (), (*TRAINED, *ABLATED, "gold"), SEEDS),
     "grid_decoders": ("Grid world, cloned decoders as executors", DECODERS, (*TRAINED, "gold"), (0,)),
     "text_world": ("TextWorld, scripted executors", QUESTS, (*TRAINED, "gold"), (0,)),
-    "science_world": ("ScienceWorld, scripted executors, no planner", SCIENCE, ("none", "other_type", "gold"), (0,)),
+    "science_world": ("ScienceWorld, scripted executors", SCIENCE, (*COLD, "gold"), (0,)),
 }
 """Name -> title, what is different from `configs/eaglet/study.yaml`, methods, seeds."""
 ALPHAS = (0.0, 0.01, 0.05, 0.1)
@@ -176,11 +190,12 @@ def _config(changes: Sequence[str], seed: int) -> Any:
 
 
 def _settings(changes: Sequence[str], method: str = "") -> dict[str, Any]:
-    """What decides an outcome; `dpo` decides its own method's alone."""
+    """What decides an outcome; `dpo` decides its own method's alone, and `restate` is younger than some rows."""
     from jaxlab import core
 
     told = core.to_dict(_config(changes, 0))
-    return told if method == "dpo" else {name: value for name, value in told.items() if name != "dpo"}
+    silent = {name for name, unsaid in {"dpo": method != "dpo", "restate": told["restate"]}.items() if unsaid}
+    return {name: value for name, value in told.items() if name not in silent}
 
 
 def _studies(world: str) -> Iterator[Any]:

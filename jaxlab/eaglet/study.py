@@ -58,6 +58,7 @@ class StudyConfig:
       executors: who acts.
       planner: sizes of the decoder that plans.
       corruption: probability of a fault in a plan that the cold start gets to see.
+      restate: the thinking of these plans repeats the task.
       filter_seeds: episodes of each executor that the filter judges a plan by.
       sft: the cold start.
       grpo: the reinforcement; its `reward` is the method's, and its `max_completion_length` that of every output.
@@ -72,6 +73,7 @@ class StudyConfig:
     executors: ExecutorsConfig = dataclasses.field(default_factory=ExecutorsConfig)
     planner: Sizes = dataclasses.field(default_factory=Sizes)
     corruption: int | float = 0.5
+    restate: bool = True
     filter_seeds: tuple[int, ...] = (0, 1)
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
     grpo: PlanGRPOConfig = dataclasses.field(default_factory=PlanGRPOConfig)
@@ -153,7 +155,8 @@ class Study:
     @functools.cached_property
     def gold(self) -> GoldPathPlanSource:
         """Plans of the solutions, some with a fault."""
-        return GoldPathPlanSource(self.env, corruption=self.config.corruption, seed=self.config.seed)
+        config = self.config
+        return GoldPathPlanSource(self.env, corruption=config.corruption, seed=config.seed, restate=config.restate)
 
     def plans(self, source: PlanSource | None = None) -> list[tuple[Task, Plan]]:
         """A plan for each training task, from `plans.jsonl` or a source; None: `gold`."""

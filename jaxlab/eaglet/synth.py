@@ -54,26 +54,27 @@ class GoldPathPlanSource:
     the seed and the task alone.
     """
 
-    def __init__(self, env: TextEnv, *, corruption: float = 0.0, seed: int = 0):
+    def __init__(self, env: TextEnv, *, corruption: float = 0.0, seed: int = 0, restate: bool = True):
         """Takes gold actions from an environment.
 
         Args:
           env: has `gold_actions`.
           corruption: probability of a fault.
           seed: of the faults.
+          restate: the thinking repeats the task, which makes a long instruction's output twice as long and more.
 
         Raises:
           ValueError: a probability outside [0, 1].
         """
         if not 0 <= corruption <= 1:
             raise ValueError(f"corruption: expected a probability, got {corruption}")
-        self._env, self._corruption, self._seed = env, corruption, seed
+        self._env, self._corruption, self._seed, self._restate = env, corruption, seed, restate
         self._tasks: dict[str, list[Task]] = {}
 
     def __call__(self, task: Task) -> Plan:
         """The plan, right or broken."""
-        thinking = f"The task is: {' '.join(task.instruction.split())} These steps lead there."
-        return Plan.parse(format_plan(thinking, self._steps(task)[0]))
+        told = f"The task is: {' '.join(task.instruction.split())} " if self._restate else ""
+        return Plan.parse(format_plan(f"{told}These steps lead there.", self._steps(task)[0]))
 
     def fault(self, task: Task) -> str | None:
         """What is wrong with the task's plan: "drop", "swap", "foreign", or None."""
