@@ -106,6 +106,9 @@ def test_plans_from_gold_and_their_faults():
         assert wrong(task).thinking == plan.thinking  # nothing but the steps tells
         faults.add(wrong.fault(task))
     assert faults == {"drop", "swap", "foreign"}
+    assert task.instruction in plan.thinking
+    brief = GoldPathPlanSource(env, restate=False)(task)
+    assert (brief.plan, brief.thinking) == (plan.plan, "These steps lead there.")
     half = GoldPathPlanSource(env, corruption=0.5)
     share = sum(half.fault(task) is not None for task in env.tasks("train")) / 64
     assert 0.3 < share < 0.7

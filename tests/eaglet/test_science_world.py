@@ -103,6 +103,8 @@ def test_the_simulator(tmp_path, monkeypatch):
 
         env.reset(task)
         assert "look around" in env.commands()
+        monkeypatch.setattr(env, "_list_commands", ScienceWorldEnv(list_commands=False)._list_commands)
+        assert env.commands() == ()
         env.step("teleport to kitchen")
         assert env.step("focus on stove")[1:3] == (-1.0, True)
         with pytest.raises(RuntimeError, match="after the end"):
