@@ -164,7 +164,7 @@ def test_the_evidence_begins(tmp_path, monkeypatch):
     from benchmarks.evidence import eaglet as evidence
 
     names = [item.name for item in evidence.items()]
-    assert len(set(names)) == len(names) == 2 * (12 + 7 + 7 + 3) + 3 + len(evidence.FAULTY) + len(evidence.ALPHAS) + 1
+    assert len(set(names)) == len(names) == 2 * (12 + 7 + 7 + 6) + 4 + len(evidence.FAULTY) + len(evidence.ALPHAS) + 1
     monkeypatch.setattr(evidence, "WORK", tmp_path)
     monkeypatch.setattr(evidence, "WORLDS", {"grid": ("", CHANGES, ("none", "gold"), (0, 1))})
     rows = [evidence._row("grid", "seen", method) for method in ("none", "gold")]
