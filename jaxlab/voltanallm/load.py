@@ -105,8 +105,8 @@ class LoadResult:
             raise ValueError(f"{path}: expected the answers of a load test, got {str(rows[:1])[:100]}") from error
 
 
-def _answer(piece_s: Sequence[float], **fields: Any) -> Answer:
-    return Answer(piece_s=tuple(map(float, piece_s)), **{**fields, "sent_s": float(fields["sent_s"])})
+def _answer(piece_s: Sequence[float], sent_s: float, **fields: Any) -> Answer:
+    return Answer(piece_s=tuple(map(float, piece_s)), sent_s=float(sent_s), **fields)
 
 
 def _mean_gap(answer: Answer) -> float:
