@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -47,6 +48,15 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
     return content
+
+
+def in_memory(path: str | os.PathLike) -> io.BytesIO:
+    """A file's content as a stream: one that is asked for 4 GiB which a header claims takes no more than there is.
+
+    Raises:
+      FileNotFoundError: no such file.
+    """
+    return io.BytesIO(Path(path).read_bytes())
 
 
 def read_yaml(path: str | os.PathLike) -> Any:

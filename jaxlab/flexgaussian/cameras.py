@@ -159,7 +159,7 @@ def cameras_from_colmap(folder: str | os.PathLike) -> list[Camera]:
         lenses = dict((_binary_lenses if binary else _text_lenses)(root))
         poses = list((_binary_poses if binary else _text_poses)(root))
         cameras = [Camera(_pose(quat, shift), *lenses[lens][:6], name=name) for quat, shift, lens, name in poses]
-    except (KeyError, ValueError, IndexError, struct.error) as error:
+    except (KeyError, ValueError, IndexError, OverflowError, struct.error) as error:
         if isinstance(error, SceneFormatError):
             raise
         raise SceneFormatError(f"{root}: damaged COLMAP model ({error!r})") from error

@@ -1,6 +1,5 @@
 """Photographs with known poses, straightened so that pinhole cameras fit them."""
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -9,10 +8,12 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlab.core.errors import require
+from jaxlab.core.untrusted import in_memory, read_object
 from jaxlab.flexgaussian.cameras import Camera, cameras_from_transforms
 from jaxlab.flexgaussian.scene import SceneFormatError
 
 _LENS = ("k1", "k2", "p1", "p2")
+_MOST_BENT = 1e6  # of a real lens they are below 10
 
 
 def load_photographs(
@@ -39,12 +40,16 @@ def load_photographs(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lens distortion is ignored.*")
         cameras = [camera.scaled(width, height) for camera in cameras_from_transforms(path)]
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_object(path)
     frames = {Path(frame["file_path"]).name: {**content, **frame} for frame in content["frames"]}
     images = []
     for camera in cameras:
         frame = frames[camera.name]
-        lens = [float(frame.get(key, 0.0)) for key in _LENS]
+        lens = [frame.get(key, 0.0) for key in _LENS]
+        if not all(isinstance(number, int | float) and abs(number) < _MOST_BENT for number in lens):
+            raise SceneFormatError(
+                f"{path}: {camera.name}: expected numbers as its lens' {', '.join(_LENS)}, got {lens}"
+            )
         images.append(straightened(read_image(path.parent / frame["file_path"], width, height), camera, lens))
     return images, cameras
 
@@ -67,8 +72,9 @@ def straightened(image: Float[np.ndarray, "h w 3"], camera: Camera, lens: list[f
     radial = 1 + squared * (k1 + squared * k2)
     bent_x = x * radial + 2 * p1 * x * y + p2 * (squared + 2 * x * x)
     bent_y = y * radial + p1 * (squared + 2 * y * y) + 2 * p2 * x * y
-    column = np.clip(bent_x * camera.fx + camera.cx - 0.5, 0, width - 1)
-    row = np.clip(bent_y * camera.fy + camera.cy - 0.5, 0, height - 1)
+    # Cameras of strange numbers bend beyond all bounds, to infinity less infinity.
+    column = np.nan_to_num(np.clip(bent_x * camera.fx + camera.cx - 0.5, 0, width - 1))
+    row = np.nan_to_num(np.clip(bent_y * camera.fy + camera.cy - 0.5, 0, height - 1))
     left, top = (np.floor(part).astype(int) for part in (column, row))
     right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
     across, down = (column - left)[..., None], (row - top)[..., None]
@@ -86,7 +92,7 @@ def read_image(path: Path, width: int, height: int) -> Float[np.ndarray, "h w 3"
     """
     pillow = require("PIL.Image", "splats")
     try:
-        with pillow.open(path) as image:
+        with pillow.open(in_memory(path)) as image:
             small = image.convert("RGB").resize((width, height), pillow.Resampling.BOX)
             return np.asarray(small, np.float32) / 255
     except (OSError, SyntaxError, pillow.DecompressionBombError) as error:

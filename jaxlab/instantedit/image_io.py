@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from jaxlab.core.errors import require
+from jaxlab.core.untrusted import in_memory
 
 MULTIPLE = 8  # of both sides: what the autoencoder shrinks by
 
@@ -67,7 +68,7 @@ def read_image(path: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"image: {path} does not exist")
     try:
-        with pil.open(path) as image:
+        with pil.open(in_memory(path)) as image:
             image.load()
             return image
     except (OSError, SyntaxError, pil.DecompressionBombError) as error:

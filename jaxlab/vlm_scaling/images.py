@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxlab.core.errors import require
+from jaxlab.core.untrusted import in_memory
 
 _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 
@@ -28,7 +29,7 @@ def pixels(image: Any) -> np.ndarray:
         pillow = require("PIL.Image", "images")
         import io
 
-        source = io.BytesIO(image) if isinstance(image, bytes) else image
+        source = io.BytesIO(image) if isinstance(image, bytes) else in_memory(image)
         try:
             with pillow.open(source) as opened:
                 return np.asarray(opened.convert("RGB"))

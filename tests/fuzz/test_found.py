@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.fuzz.mutations import bounded, npy, text_of, zipped
-from tests.fuzz.test_parsers import _gguf, _tokens_gguf
+from tests.fuzz.test_parsers import _COLMAP_CAMERAS, _COLMAP_IMAGES, _TRANSFORMS, _gguf, _png, _tokens_gguf
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -202,6 +202,18 @@ def test_images_that_are_none(tmp_path):
         images.pixels(tmp_path / "none.png")
 
 
+def test_a_chunk_of_an_image_that_claims_4_gib(tmp_path):
+    pytest.importorskip("PIL")
+    from jaxlab.flexgaussian import photos
+    from jaxlab.instantedit.image_io import read_image
+    from jaxlab.vlm_scaling import images
+
+    content = _png(8, 8)
+    (tmp_path / "a.png").write_bytes(content[:33] + b"\xff" + content[34:])
+    for read in (read_image, images.pixels, lambda path: photos.read_image(path, 4, 4)):
+        bounded(lambda read=read: read(tmp_path / "a.png"), (ValueError,))
+
+
 def test_yaml_brackets(tmp_path):
     from jaxlab import recipes
 
@@ -241,3 +253,28 @@ def test_answers_of_other_types(choice):
         lambda: list(read_pieces(json.dumps({"choices": [choice]}), EndpointError)), "expected a piece", EndpointError
     )
     refused(lambda: read_completion({"choices": [{"text": "x"}], "usage": 3}, "http://x"), "expected", EndpointError)
+
+
+def test_a_colmap_image_with_more_points_than_there_are_bytes(tmp_path):
+    from jaxlab.flexgaussian import SceneFormatError, cameras_from_colmap
+
+    (tmp_path / "cameras.bin").write_bytes(_COLMAP_CAMERAS)
+    two = struct.pack("<Q", 2) + _COLMAP_IMAGES[8:-8] + struct.pack("<Q", (1 << 64) - 1)
+    (tmp_path / "images.bin").write_bytes(two)
+    refused(lambda: cameras_from_colmap(tmp_path), "damaged COLMAP model", SceneFormatError)
+
+
+@pytest.mark.parametrize("bent", [float("nan"), float("inf"), "x", [], 1e30])
+def test_lenses_that_cannot_be(tmp_path, bent):
+    pytest.importorskip("PIL")
+    from jaxlab.flexgaussian import SceneFormatError
+    from jaxlab.flexgaussian.photos import load_photographs
+
+    (tmp_path / "a.png").write_bytes(_png(8, 8))
+    (tmp_path / "transforms.json").write_bytes(text_of(_TRANSFORMS | {"k1": bent}))
+    refused(
+        lambda: load_photographs(tmp_path / "transforms.json", 4, 3), "expected numbers as its lens", SceneFormatError
+    )
+    strange = {"k1": 9e5, "fl_x": 1e300, "fl_y": 1e300, "cx": -1e308}
+    (tmp_path / "transforms.json").write_bytes(text_of(_TRANSFORMS | strange))
+    bounded(lambda: load_photographs(tmp_path / "transforms.json", 4, 3), (ValueError,))
