@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.core import make_mesh
 from jaxlab.flexgaussian.cameras import orbit_cameras
 from jaxlab.flexgaussian.compressed import dequantize, quantize
 from jaxlab.flexgaussian.compression import compress, decompress
@@ -55,17 +54,6 @@ def test_scores(robot, cameras, scores):
     blended = importance_scores(robot, cameras, weights="alpha_T", volume_power=0)
     covered = sum(float(np.sum(1 - render(robot, c, return_aux=True)[1].transmittance)) for c in cameras)
     assert blended.sum() == pytest.approx(covered, rel=1e-4)
-
-
-@pytest.mark.parametrize("weights", ["opacity", "alpha_T"])
-def test_scores_over_a_mesh(robot, cameras, weights):
-    """Three views on eight devices, and cameras of two sizes."""
-    some = [*cameras, *orbit_cameras(robot, 1, 40, 40)]
-    mesh = make_mesh({"view": 8})
-    alone, together = (importance_scores(robot, some, weights=weights, mesh=m) for m in (None, mesh))
-    if weights == "opacity":
-        np.testing.assert_array_equal(alone, together)
-    np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-4)
 
 
 def test_scores_of_nothing(robot, cameras, unchecked):
