@@ -152,6 +152,11 @@ def _instantedit(row: Mapping[str, Any]) -> Iterator[Planned]:
     yield Planned(what, (row["GPU"],), _product(shape), row["total"], (row["fits"],), parts)
 
 
+def _flexgaussian(row: Mapping[str, Any]) -> Iterator[Planned]:
+    parts = _parts(row, "parameters", "temporaries", "outputs")
+    yield Planned(row["program"], (row["GPU"],), 1, row["total"], (row["fits"],), parts)
+
+
 _PLAN = "jaxlab plan configs/"
 SOURCES = (
     Source(
@@ -218,7 +223,13 @@ SOURCES = (
         _instantedit,
         "instantedit_plans",
     ),
-    Source("flexgaussian", "Rendering of 6.1 million Gaussians", f"{_PLAN}flexgaussian/paper.yaml --gpu h100"),
+    Source(
+        "flexgaussian",
+        "Rendering of 6.1 million Gaussians, 1920 x 1080",
+        f"{_PLAN}flexgaussian/paper.yaml --gpu h100",
+        _flexgaussian,
+        "flexgaussian_plans",
+    ),
 )
 """Every system, in the pages' order."""
 
