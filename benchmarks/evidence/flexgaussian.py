@@ -80,8 +80,7 @@ def items() -> Iterator[Item]:
 
 _JUDGED = (
     f"{VIEWS['views'] // 2} views of {VIEWS['width']}x{VIEWS['height']} between those that scores and fits have seen, "
-    "against renders of the scene as it was; seconds: the median of a method's points, from scores to the scene read "
-    "back (measured)"
+    "against renders of the scene as it was (measured)"
 )
 
 
@@ -125,7 +124,7 @@ def _curve(label: str, name: str, method: str) -> dict[str, Any]:
     _keep(label, method, points)
     sizes = {f"{quality:g} dB": bytes_at(points, quality) for quality in QUALITIES}
     rows = {key: None if size is None else round(size / 1024, 1) for key, size in sizes.items()}
-    return {"method": method, **rows, "seconds": float(np.median([p.seconds for p in points]))}
+    return {"method": method, **rows}
 
 
 def _searches(label: str, name: str, target: float) -> dict[str, Any]:
