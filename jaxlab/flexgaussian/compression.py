@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -70,7 +71,7 @@ def compress(
         raise ValueError(f"prune_rate, sh_rate: expected both or none, got {prune_rate} and {sh_rate}")
     if images is not None and cameras is None:
         raise ValueError("images: photographs need the cameras that took them")
-    scene = load_scene(src)
+    scene = jax.device_put(load_scene(src))  # on a CPU numpy and programs then read the same memory
     cameras = orbit_cameras(scene, 8, 256, 192) if cameras is None else cameras
     if prune_rate is None or sh_rate is None:
         result = search(scene, cameras, images, codec=codec, **search_options)

@@ -69,7 +69,7 @@ class Bench:
         self.plain_bytes = _NUMBER_BYTES * (_PLAIN_COLUMNS + 3 * scene.shN.shape[1]) * scene.num_gaussians
         views = range(0, len(cameras), 1 if images is None else test_every)
         self._cameras = [cameras[i] for i in views]
-        shown = self._renders(self.scene)
+        shown = self._renders(self._placed(self.scene))
         if images is None:
             self._references, self.base_psnr = shown, math.inf
         else:
@@ -82,20 +82,23 @@ class Bench:
 
     def attempt(self, choice: Choice) -> Trial:
         """Prunes, quantises, and renders what comes back."""
-        pruned, _ = prune(self.scene, self.scores, choice.prune_rate, choice.sh_rate)
         if not isinstance(choice.quant, QuantConfig):
             raise ValueError(f"choice.quant: expected bits, got {choice.quant}")
-        compressed = quantize(pruned, choice.quant)
-        psnr = self.judge(dequantize(compressed))
+        # Nothing that is as large as the scene keeps a name: it is gone when the images are made.
+        compressed = quantize(prune(self.scene, self.scores, choice.prune_rate, choice.sh_rate)[0], choice.quant)
+        images = self._renders(self._placed(dequantize(compressed)))
+        psnr = _mean_psnr(images, self._references)
         return Trial(choice, compressed, psnr, len(to_bytes(compressed, codec=self.codec)))
 
     def judge(self, scene: GaussianScene) -> float:
         """Mean PSNR over the test views."""
-        return _mean_psnr(self._renders(scene), self._references)
+        return _mean_psnr(self._renders(self._placed(scene)), self._references)
+
+    def _placed(self, scene: GaussianScene) -> GaussianScene:
+        # Filled up to the scene's own size, so that all candidates share one program.
+        return jax.device_put(padded(scene, self.scene.num_gaussians))
 
     def _renders(self, scene: GaussianScene) -> list[np.ndarray]:
-        # Filled up to the scene's own size, so that all candidates share one program.
-        scene = jax.device_put(padded(scene, self.scene.num_gaussians))
         return [np.asarray(render(scene, camera)) for camera in self._cameras]
 
 

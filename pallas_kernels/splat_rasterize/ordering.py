@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, UInt32
 
 from pallas_kernels.dispatch import vary_alike
 
-_BITS = 8  # of a key, at most, that one pass orders by
+_BITS = 4  # of a key, at most, that one pass orders by: with 8 the masks of a million keys leave the cache
 _WORDS = 8  # of a block of keys that is counted as one, 32 of them a word
 
 
