@@ -69,7 +69,7 @@ class Bench:
         self.plain_bytes = _NUMBER_BYTES * (_PLAIN_COLUMNS + 3 * scene.shN.shape[1]) * scene.num_gaussians
         views = range(0, len(cameras), 1 if images is None else test_every)
         self._cameras = [cameras[i] for i in views]
-        shown = self._renders(self._placed(self.scene))
+        shown = self._renders(_placed(self.scene))
         if images is None:
             self._references, self.base_psnr = shown, math.inf
         else:
@@ -86,20 +86,25 @@ class Bench:
             raise ValueError(f"choice.quant: expected bits, got {choice.quant}")
         # Nothing that is as large as the scene keeps a name: it is gone when the images are made.
         compressed = quantize(prune(self.scene, self.scores, choice.prune_rate, choice.sh_rate)[0], choice.quant)
-        images = self._renders(self._placed(dequantize(compressed)))
+        images = self._renders(_placed(self._filled(dequantize(compressed))))
         psnr = _mean_psnr(images, self._references)
         return Trial(choice, compressed, psnr, len(to_bytes(compressed, codec=self.codec)))
 
     def judge(self, scene: GaussianScene) -> float:
         """Mean PSNR over the test views."""
-        return _mean_psnr(self._renders(self._placed(scene)), self._references)
+        return _mean_psnr(self._renders(_placed(self._filled(scene))), self._references)
 
-    def _placed(self, scene: GaussianScene) -> GaussianScene:
-        # Filled up to the scene's own size, so that all candidates share one program.
-        return jax.device_put(padded(scene, self.scene.num_gaussians))
+    def _filled(self, scene: GaussianScene) -> GaussianScene:
+        """Up to the scene's own size, so that all candidates share one program."""
+        return padded(scene, self.scene.num_gaussians)
 
     def _renders(self, scene: GaussianScene) -> list[np.ndarray]:
         return [np.asarray(render(scene, camera)) for camera in self._cameras]
+
+
+def _placed(scene: GaussianScene) -> GaussianScene:
+    """On the device; waited for, since what is copied is held until then."""
+    return jax.block_until_ready(jax.device_put(scene))
 
 
 def _mean_psnr(images: Sequence[np.ndarray], references: Sequence[np.ndarray]) -> float:
