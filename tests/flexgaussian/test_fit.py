@@ -45,7 +45,7 @@ def test_too_many_pairs_are_never_dropped(monkeypatch):
         image, aux = render(scene, view, backend=backend, return_aux=True)
         return jnp.sum(image**2), (image, aux.pixel_counts)
 
-    # The image beside its gradient: two programs that stream, forward and back, would take half a minute to compile.
+    # The image beside its gradient: compiling is what this test costs.
     traced = jax.jit(jax.grad(squares, has_aux=True), static_argnums=1)
     gradient, _ = traced(scene, "dense")
     monkeypatch.setattr(rasteriser, "first_guess", lambda count: 8)
