@@ -131,7 +131,7 @@ def test_what_a_family_cannot_say_is_refused():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be 1 to 2147483648, got 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of num_attention_heads=4, got 3"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"qk_norm": "both"}, "qk_norm must be"),
