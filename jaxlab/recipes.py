@@ -75,6 +75,11 @@ SYSTEMS: dict[str, System] = {
         "3D Gaussian splats in a tenth of their size, within a chosen loss of quality.",
         "configs/flexgaussian/laptop.yaml",
     ),
+    "pipeline": System(
+        "jaxlab.pipeline",
+        "One model through five systems: trained, improved, compressed, served, put to work.",
+        "configs/pipeline/laptop.yaml",
+    ),
 }
 """Command-line name of each system; a later system registers here and gets `jaxlab <system> run` for nothing."""
 

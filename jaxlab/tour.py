@@ -37,6 +37,7 @@ RECIPES: dict[str, str] = {
     "voltanallm": "jaxlab.voltanallm.recipe:configs/voltanallm/laptop.yaml",
     "instantedit": "jaxlab.instantedit.recipe:configs/instantedit/laptop.yaml",
     "flexgaussian": "jaxlab.flexgaussian.recipe:configs/flexgaussian/laptop.yaml",
+    "pipeline": "jaxlab.pipeline.recipe:configs/pipeline/laptop.yaml",
 }
 """Section name -> `module:config`; the module has `run(config) -> Report`. Order is the order of the page."""
 

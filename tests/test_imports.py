@@ -26,7 +26,9 @@ FLOORS = {
 }
 # Modules that stand above the floor of their folder, wherever that is: stories, and what a person starts.
 ABOVE = {"recipe": (4, 0), "commands": (5, 0), "trainable": (5, 0)}
-TOP = ("cli", "doctor", "recipes", "terminal", "tour", "_platform", "_tour_page", "__main__")
+TOP = ("cli", "doctor", "pipeline", "recipes", "terminal", "tour", "_platform", "_tour_page", "__main__")
+# What joins systems may import several of them, but nothing of them that is not public.
+JOINS = ("jaxlab.pipeline",)
 
 
 def files():
@@ -40,6 +42,8 @@ def name_of(file: Path) -> str:
 
 def floor_of(module: str) -> tuple[int, int]:
     parts = module.split(".")
+    if parts[1:] and parts[1] in TOP:
+        return (5, 0)
     if parts[-1] in ABOVE:
         return ABOVE[parts[-1]]
     for length in (2, 1):
@@ -47,7 +51,7 @@ def floor_of(module: str) -> tuple[int, int]:
             return FLOORS[".".join(parts[:length])]
     if module == "jaxlab":
         return (-1, 0)  # the version, and nothing else
-    return (5, 0) if parts[1] in TOP else (4, 0)
+    return (4, 0)
 
 
 def imported(file: Path, module: str) -> list[str]:
@@ -138,6 +142,28 @@ def public_api():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_what_joins_systems_uses_public_names_only(public_api):
+    """Names of a package's `__all__`, or of a module that is documented as public."""
+    public = {module.__name__: set(public_api.public_names(module)) for module in public_api.public_modules()}
+    packages = {name for name in public if hasattr(sys.modules[name], "__all__")}
+    modules = {f"{name}.{child}" for name in packages for child in sys.modules[name].__all__}  # public as a whole
+    wrong, seen = [], 0
+    for file in files():
+        name = name_of(file)
+        if system_of(name) not in JOINS:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("jaxlab") and node.level == 0:
+                own = system_of(str(node.module)) in (*JOINS, "jaxlab.core")  # floor 0 is everybody's
+                for alias in node.names:
+                    known = public.get(str(node.module), set())
+                    fine = alias.name in known or f"{node.module}.{alias.name}" in modules | packages
+                    wrong += [] if own or fine else [f"{name}: {alias.name} of {node.module}"]
+                    seen += not own
+    assert not wrong, "\n".join(wrong)
+    assert seen > 20
 
 
 @pytest.mark.latest

@@ -96,7 +96,7 @@ def _way_row(way: str) -> dict[str, Any]:
 
     from jaxlab.inference import EngineConfig
     from jaxlab.voltanallm import Limits, create_app, served
-    from jaxlab.voltanallm.launch import Clocks, ServeConfig, launch
+    from jaxlab.voltanallm.launching import Clocks, ServeConfig, launch
     from jaxlab.voltanallm.load import replay
 
     controller, policy, pinned = WAYS[way]
@@ -243,7 +243,7 @@ def _soak_row() -> dict[str, Any]:
     from benchmarks.voltanallm_engine import SIZES as MODEL
     from jaxlab.inference import EngineConfig
     from jaxlab.voltanallm import Limits, create_app, served
-    from jaxlab.voltanallm.launch import ServeConfig, launch
+    from jaxlab.voltanallm.launching import ServeConfig, launch
 
     busy = os.getloadavg()[0]
     sizes = EngineConfig(**SOAK_SIZES)

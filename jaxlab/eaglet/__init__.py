@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from jaxlab.core import lazy
 
 if TYPE_CHECKING:
-    from jaxlab.eaglet.cloning import clone_executors, demonstrations
+    from jaxlab.eaglet.cloning import clone_executors, demonstrations, world_texts
     from jaxlab.eaglet.consensus import FilterReport, hcf_filter
     from jaxlab.eaglet.controls import Sampled, ShuffledPlans, sample_plans
     from jaxlab.eaglet.envs import (
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from jaxlab.eaglet.planner import Planner, TrainResult, train_sft
     from jaxlab.eaglet.plans import Plan, PlanParse, format_plan, parse_plan, plan_steps
     from jaxlab.eaglet.preferences import DPOConfig, dpo_loss, train_dpo
+    from jaxlab.eaglet.prompts import executor_prompt
     from jaxlab.eaglet.reinforcement import PlanGRPOConfig, train_grpo
     from jaxlab.eaglet.rollouts import Rollout, RolloutCache, rollout
+    from jaxlab.eaglet.served_executor import ServedExecutor
     from jaxlab.eaglet.synth import GoldPathPlanSource, OpenAIPlanSource, PlanSource, PlanSourceError
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "Sampled",
     "ScienceWorldEnv",
     "ScriptedExecutor",
+    "ServedExecutor",
     "ShuffledPlans",
     "Task",
     "TextEnv",
@@ -87,6 +90,7 @@ __all__ = [
     "dpo_loss",
     "ecgr",
     "evaluate",
+    "executor_prompt",
     "false_gain_rate",
     "final_reward",
     "format_plan",
@@ -102,6 +106,7 @@ __all__ = [
     "train_dpo",
     "train_grpo",
     "train_sft",
+    "world_texts",
 ]
 
 __getattr__, __dir__ = lazy.attach(
@@ -127,6 +132,7 @@ __getattr__, __dir__ = lazy.attach(
         "cloning": (
             "clone_executors",
             "demonstrations",
+            "world_texts",
         ),
         "controls": (
             "Sampled",
@@ -147,10 +153,12 @@ __getattr__, __dir__ = lazy.attach(
             "train_sft",
         ),
         "preferences": ("DPOConfig", "dpo_loss", "train_dpo"),
+        "prompts": ("executor_prompt",),
         "reinforcement": (
             "PlanGRPOConfig",
             "train_grpo",
         ),
+        "served_executor": ("ServedExecutor",),
         "synth": ("GoldPathPlanSource", "OpenAIPlanSource", "PlanSource", "PlanSourceError"),
     },
 )

@@ -157,7 +157,39 @@ class ScriptedExecutor(Executor):
         return subgoal
 
 
-class OpenAIExecutor(Executor):
+class RemoteExecutor(Executor):
+    """What executors behind an endpoint share: a connection for each process, and a seed for each step."""
+
+    def __init__(self, base_url: str, model: str, *, name: str | None = None, **client: Any):
+        """Connects to nothing yet.
+
+        Args:
+          base_url: of the endpoint.
+          model: its name there.
+          name: of the executor; default: the model's.
+          **client: further arguments of `jaxlab.inference.Client`.
+        """
+        self.name = name or model
+        self._client_arguments: dict[str, Any] = {"base_url": base_url, "model": model, **client}
+        self._client: Client | None = None
+
+    @property
+    def client(self) -> Client:
+        """This process's connection."""
+        if self._client is None:
+            self._client = Client(**self._client_arguments)
+        return self._client
+
+    @staticmethod
+    def seed_of(context: Context) -> int:
+        """For the endpoint's draw; of task, seed and step alone."""
+        return zlib.crc32(f"{context.task.id} {context.seed} {context.step}".encode()) >> 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_client": None}  # each process has a connection of its own
+
+
+class OpenAIExecutor(RemoteExecutor):
     """A ReAct-like model behind an OpenAI-compatible endpoint.
 
     The prompt is in the order of MPO's harness: instruction, example, task, and the plan after a sentence that offers
@@ -191,11 +223,9 @@ class OpenAIExecutor(Executor):
           temperature: of the answers.
           **client: further arguments of `jaxlab.inference.Client`.
         """
-        self.name = name or model
-        self._client_arguments: dict[str, Any] = {"base_url": base_url, "model": model, **client}
+        super().__init__(base_url, model, name=name, **client)
         self._instruction, self._example = instruction, [dict(message) for message in example]
         self._list_commands, self._max_tokens, self._temperature = list_commands, max_tokens, temperature
-        self._client: Client | None = None
 
     def act(self, context: Context) -> str:
         """The next action.
@@ -203,11 +233,11 @@ class OpenAIExecutor(Executor):
         Raises:
           EndpointError: the endpoint cannot be used, after its retries.
         """
-        if self._client is None:
-            self._client = Client(**self._client_arguments)
-        seed = zlib.crc32(f"{context.task.id} {context.seed} {context.step}".encode()) >> 1
-        answer = self._client.chat(
-            self.messages(context), max_tokens=self._max_tokens, temperature=self._temperature, seed=seed
+        answer = self.client.chat(
+            self.messages(context),
+            max_tokens=self._max_tokens,
+            temperature=self._temperature,
+            seed=self.seed_of(context),
         )
         return _action(answer.text)
 
@@ -225,9 +255,6 @@ class OpenAIExecutor(Executor):
             messages.append({"role": "assistant", "content": f"Action: {action}"})
             messages.append({"role": "user", "content": f"Observation: {observation}"})
         return messages
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_client": None}  # each process has a connection of its own
 
 
 def _action(answer: str) -> str:

@@ -32,6 +32,7 @@ from jaxlab.inference.endpoint import (
 T = TypeVar("T")
 Message = Mapping[str, Any]
 
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -56,7 +57,8 @@ class AsyncClient:
         """Connects to nothing yet.
 
         Args:
-          base_url: up to and with the version, such as "http://localhost:8000/v1".
+          base_url: up to and with the version, such as "http://localhost:8000/v1". Proxies that the environment names
+            are used, but not for this machine's own addresses, which no proxy could reach.
           model: the model asked for, where a call names none.
           api_key: sent as a bearer token.
           timeout_s: limit for one attempt at a whole answer.
@@ -92,6 +94,7 @@ class AsyncClient:
         self._http = self._httpx.AsyncClient(
             headers={**bearer, **(headers or {})},
             timeout=self._httpx.Timeout(timeout_s, connect=connect_s),
+            trust_env=self._httpx.URL(base_url).host not in _LOOPBACK,
             limits=self._httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
 

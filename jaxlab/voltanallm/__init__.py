@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     )
     from jaxlab.voltanallm.fitting import fit_decode, fit_prefill
     from jaxlab.voltanallm.gpu import GPUBackend, GPUUnavailableError, SimulatedGPU
+    from jaxlab.voltanallm.launching import Clocks, Launched, ServeConfig, launch
     from jaxlab.voltanallm.limits import Limits
     from jaxlab.voltanallm.nvml import NVMLBackend
     from jaxlab.voltanallm.planning import LeastEnergy, ModelPredictive
     from jaxlab.voltanallm.power import PowerModel, sweet_spot, wasteful_clocks
     from jaxlab.voltanallm.predictor import EnergyTable, LatencyTable
+    from jaxlab.voltanallm.profiling import PhaseProfile, Samples, profile
     from jaxlab.voltanallm.router import RequestInfo, Router, WorkerState
     from jaxlab.voltanallm.server import create_app
     from jaxlab.voltanallm.serving import serve, served
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AIMD",
+    "Clocks",
     "ClusterConfig",
     "ControllerConfig",
     "DynamoLLM",
@@ -51,13 +54,17 @@ __all__ = [
     "GPUUnavailableError",
     "GreenLLM",
     "LatencyTable",
+    "Launched",
     "LeastEnergy",
     "Limits",
     "ModelPredictive",
     "NVMLBackend",
+    "PhaseProfile",
     "PowerModel",
     "RequestInfo",
     "Router",
+    "Samples",
+    "ServeConfig",
     "SimModels",
     "SimResult",
     "SimulatedGPU",
@@ -71,7 +78,9 @@ __all__ = [
     "create_app",
     "fit_decode",
     "fit_prefill",
+    "launch",
     "make_controller",
+    "profile",
     "serve",
     "served",
     "sweet_spot",
@@ -94,11 +103,13 @@ __getattr__, __dir__ = lazy.attach(
         ),
         "fitting": ("fit_decode", "fit_prefill"),
         "gpu": ("GPUBackend", "GPUUnavailableError", "SimulatedGPU"),
+        "launching": ("Clocks", "Launched", "ServeConfig", "launch"),
         "limits": ("Limits",),
         "nvml": ("NVMLBackend",),
         "planning": ("LeastEnergy", "ModelPredictive"),
         "power": ("PowerModel", "sweet_spot", "wasteful_clocks"),
         "predictor": ("EnergyTable", "LatencyTable"),
+        "profiling": ("PhaseProfile", "Samples", "profile"),
         "router": ("RequestInfo", "Router", "WorkerState"),
         "sim": ("ClusterConfig", "SimModels", "SimResult", "Simulator", "Trace"),
         "server": ("create_app",),

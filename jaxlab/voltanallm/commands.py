@@ -62,7 +62,7 @@ def serve(
     """
     from jaxlab.voltanallm import create_app
     from jaxlab.voltanallm import serve as run
-    from jaxlab.voltanallm.launch import Clocks, ServeConfig, launch
+    from jaxlab.voltanallm.launching import Clocks, ServeConfig, launch
 
     check_choice("--gpu", gpu, _BACKENDS)
     with usage():
@@ -105,7 +105,7 @@ def profile(
     """Measure an engine's iterations by clock, batch and tokens, and fit the tables that controllers predict by."""
     from jaxlab.inference import Engine
     from jaxlab.voltanallm import pictures, profiling
-    from jaxlab.voltanallm.launch import open_gpu
+    from jaxlab.voltanallm.launching import open_gpu
 
     check_choice("--gpu", gpu, _BACKENDS)
     with usage():
@@ -114,20 +114,10 @@ def profile(
         backend = open_gpu(gpu, clocks)
     engine = Engine.from_pretrained(source, settings, dtype=dtype)
     engine.warmup()
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for phase in ("prefill", "decode"):
-        if phase == "prefill":
-            samples = profiling.profile_prefill(engine, backend, freqs=clocks)
-        else:
-            samples = profiling.profile_decode(engine, backend, freqs=clocks, steps=steps)
-        ends = settings.batch_buckets if phase == "decode" else None
-        fitted, held = samples.split()
-        table = samples.fit(boundaries=ends)
-        samples.to_csv(folder / f"{phase}_samples.csv")
-        table.to_csv(folder / f"{phase}.csv")
-        rows.append((phase, len(samples), len(table.planes), held.error(fitted.fit(boundaries=ends))))
-    pictures.staircase(samples, table).savefig(folder / "decode.png", dpi=120, bbox_inches="tight")
+    measured = profiling.profile(engine, folder, backend, freqs=clocks, steps=steps)
+    rows = [(phase, len(each.samples), len(each.table.planes), each.error) for phase, each in measured.items()]
+    decode = measured["decode"]
+    pictures.staircase(decode.samples, decode.table).savefig(folder / "decode.png", dpi=120, bbox_inches="tight")
     print_table("Tables", ("phase", "iterations", "planes", "error on iterations held out"), rows)
     if backend is not None and hasattr(backend, "set_load"):
         typer.echo("Clocks are simulated: the highest was measured, the others follow from a model.")

@@ -11,6 +11,7 @@ import io
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,52 @@ def _decode_rows(engine: Any, clock: int, batch: int, share: float, room: int, s
         engine.abort(request)
     engine.step()
     return rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PhaseProfile:
+    """An engine measured in one phase.
+
+    Attributes:
+      samples: its iterations.
+      table: fitted to all of them.
+      error: of a table fitted to half of them, on the other half (MAPE).
+    """
+
+    samples: Samples
+    table: LatencyTable
+    error: float
+
+
+def profile(
+    engine: Any, folder: str | os.PathLike[str], gpu: Any = None, *, freqs: Sequence[int] = (), steps: int = 16
+) -> dict[Phase, PhaseProfile]:
+    """Measures both phases, and leaves the tables that controllers predict by: `decode.csv` and `prefill.csv`.
+
+    Args:
+      engine: an `Engine` without work; call its `warmup` before.
+      folder: gets the tables, and the iterations as `decode_samples.csv` and `prefill_samples.csv`.
+      gpu: as in `profile_decode`, like the next two.
+      freqs: MHz.
+      steps: decode iterations at each point.
+
+    Raises:
+      ValueError: an engine with work, or one too small to be measured.
+    """
+    found: dict[Phase, PhaseProfile] = {
+        "prefill": _fitted(profile_prefill(engine, gpu, freqs=freqs), None),
+        "decode": _fitted(profile_decode(engine, gpu, freqs=freqs, steps=steps), engine.config.batch_buckets),
+    }
+    for phase, made in found.items():
+        made.samples.to_csv(Path(folder) / f"{phase}_samples.csv")
+        made.table.to_csv(Path(folder) / f"{phase}.csv")
+    return found
+
+
+def _fitted(samples: Samples, boundaries: Sequence[int] | None) -> PhaseProfile:
+    half, held = samples.split()
+    error = held.error(half.fit(boundaries=boundaries))
+    return PhaseProfile(samples, samples.fit(boundaries=boundaries), error)
 
 
 _PROMPTS = np.random.default_rng(0)

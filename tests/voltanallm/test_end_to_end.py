@@ -22,7 +22,7 @@ from jaxlab.inference import Engine, EngineConfig, SamplingParams
 from jaxlab.models.decoder import Decoder, MoESpec, init_params
 from jaxlab.puzzlemoe import PackedExperts, PuzzleConfig, collect_expert_stats, compress_moe, save_packed
 from jaxlab.voltanallm import Limits, create_app, served
-from jaxlab.voltanallm.launch import Clocks, ServeConfig, launch
+from jaxlab.voltanallm.launching import Clocks, ServeConfig, launch
 from tests.inference.multiprocess_cases import CONFIG
 from tests.voltanallm.servers import MODEL, ask, chat_tokenizer, until
 from tests.voltanallm.tables import decode_table, prefill_table

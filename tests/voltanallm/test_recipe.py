@@ -13,7 +13,7 @@ from jaxlab.inference import EngineConfig
 from jaxlab.models import save_pretrained
 from jaxlab.models.decoder import Decoder, init_params
 from jaxlab.voltanallm import create_app, recipe, served
-from jaxlab.voltanallm.launch import Clocks, ServeConfig, launch, open_gpu
+from jaxlab.voltanallm.launching import Clocks, ServeConfig, launch, open_gpu
 from tests.inference.multiprocess_cases import CONFIG
 from tests.voltanallm import servers
 

@@ -130,11 +130,15 @@ class GridGuide:
 
     def next_action(self, context: "Context", subgoal: str) -> str | None:
         """The next command towards a subgoal; None where it is not understood."""
+        return next(iter(self.towards(context, subgoal)), None)
+
+    def towards(self, context: "Context", subgoal: str) -> tuple[str, ...]:
+        """All commands that bring a subgoal nearer, or reach it; none where it is not understood."""
         verb, _, place = subgoal.partition(" ")
         if verb != "use" or place not in PLACES:
-            return None
+            return ()
         way = context.observation.partition(f": {place}.")[0].rpartition(". ")[2].split()
-        return subgoal if way == ["here"] else way[0]
+        return (subgoal,) if way == ["here"] else tuple(way)
 
 
 def _ways(cell: Sequence[int], goal: Sequence[int]) -> list[str]:

@@ -56,8 +56,9 @@ class ServeConfig:
       source: a model, see `load_pretrained`.
       engine: an `EngineConfig`, of every worker.
       dtype: of the weights.
-      num_prefill: prefill workers, each a process like the decode workers; 0: one engine in this process.
+      num_prefill: prefill workers; 0: one engine in this process.
       num_decode: decode workers.
+      processes: each worker is a process of its own; False: all take turns in this one, on shared weights.
       policy: of the `Router` that chooses among them.
       warm: workers compile everything first.
       clocks: see there.
@@ -68,6 +69,7 @@ class ServeConfig:
     dtype: str = "float32"
     num_prefill: int = 0
     num_decode: int = 1
+    processes: bool = True
     policy: str = "ln"
     warm: bool = True
     clocks: Clocks = dataclasses.field(default_factory=Clocks)
@@ -141,8 +143,8 @@ def launch(config: ServeConfig) -> Iterator[Launched]:
                     config.engine,
                     num_prefill=config.num_prefill,
                     num_decode=config.num_decode,
-                    transfer="tcp",
-                    processes=True,
+                    transfer="tcp" if config.processes else "inproc",
+                    processes=config.processes,
                     dtype=config.dtype,
                     warmup=config.warm,
                     route_decode=_route(config),
