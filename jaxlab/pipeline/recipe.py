@@ -99,7 +99,7 @@ def _run(config: PipelineConfig, folder: Path) -> core.Report:
             "detours, in tasks that were not trained on. The reward of the reinforcement is the same.",
             f"The agent draws at temperature {config.agent.temperature:g}. Its plans are the package's planner's "
             "(jaxlab.eaglet.Planner.load), of which it is shown one step at a time. Iterations were measured on this "
-            "machine and stretched by a model at the lower clock; joules are a power model's, of GPUs that are not here, "
+            "machine and stretched by a model at the lower clock; joules are a power model's, not of GPUs here, "
             "with the idle time between requests. EcoFreq kept iterations within "
             + " and ".join(f"{value:.1f} ms ({phase})" for phase, value in worked.told["objectives_ms"].items())
             + "; its tables erred by "

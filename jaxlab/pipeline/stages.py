@@ -182,14 +182,11 @@ class Pipeline:
 
     def _accuracy(self, model: Any, params: Any, tokenizer: Any) -> dict[str, Any]:
         """How often the likeliest command is right, with a plan and without: mean and 95 % interval."""
-        found = {}
-        for name, planned in (("planned", True), ("plain", False)):
-            rows = self.quest.rows("seen", planned, self.config.quest.rows)
-            got = evaluate(
-                model, params, rows, [useful], tokenizer, n=1, temperature=0.0, max_tokens=WORDS, batch_size=128
-            )
-            found[name] = [got.pass_at_1.mean, got.pass_at_1.low, got.pass_at_1.high]
-        return found
+        rows = [row for planned in (True, False) for row in self.quest.rows("seen", planned, self.config.quest.rows)]
+        got = evaluate(model, params, rows, [useful], tokenizer, n=1, temperature=0.0, max_tokens=WORDS, batch_size=128)
+        halves = np.split(got.rewards[:, 0].astype(np.float64), 2)
+        found = {name: core.statistics.bootstrap_ci(half) for name, half in zip(("planned", "plain"), halves)}
+        return {name: dataclasses.astuple(interval) for name, interval in found.items()}
 
     def _load(self, folder: Path) -> list[list[float]]:
         """[layers, experts] tokens over the mean of the layer."""

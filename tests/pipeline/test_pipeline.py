@@ -19,7 +19,7 @@ CHANGES = (
     "improve={prompts_per_step: 2, num_generations: 2, max_prompt_length: 64, max_completion_length: 4, steps: 2, "
     "learning_rate: 1.0e-3, sfpo: {inner_steps: 2}}",
     "calibration=2",
-    "server={num_pages: 33, max_running: 2, controllers: [static, ecofreq]}",
+    "server={num_pages: 33, max_running: 2, prefill_chunk: 16}",
     "agent={tasks: 2}",
 )
 
