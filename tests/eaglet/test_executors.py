@@ -1,10 +1,13 @@
 """Executors and plan sources: scripted ones, and those behind a real endpoint on this machine."""
 
+import dataclasses
+import functools
 import http.server
 import json
 import pickle
 import threading
 
+import numpy as np
 import pytest
 
 from jaxlab.eaglet import (
@@ -17,6 +20,9 @@ from jaxlab.eaglet import (
     OpenAIPlanSource,
     PlanSourceError,
     ScriptedExecutor,
+    ServedExecutor,
+    evaluate,
+    executor_prompt,
     rollout,
 )
 from jaxlab.inference import SamplingParams, generate
@@ -42,6 +48,22 @@ def test_full_skill_is_gold_and_full_trust_is_the_plan():
         assert (
             rollout(env, follows, task, plan=GoldPathPlanSource(env)(task).plan, insert="observation").actions == gold
         )
+
+
+def test_all_ways_that_bring_a_subgoal_nearer():
+    env, guide = GridQuestEnv(), GridGuide()
+    for task in env.tasks("seen")[:4]:
+        observation = env.reset(task)
+        context = Context(task, "", (), observation, 0, 0, env.commands())
+        down, right = (np.array(task.data["cells"]["well"]) - task.data["start"]).tolist()
+        ways = {"south" if down > 0 else "north"} if down else set()
+        ways |= {"east" if right > 0 else "west"} if right else set()
+        assert set(guide.towards(context, "use well")) == ways
+        assert guide.next_action(context, "use well") in ways
+        there = dataclasses.replace(context, observation="0 of 4 done. here: well. east: tower.")
+        assert guide.towards(there, "use well") == ("use well",)
+        assert guide.towards(context, "sing") == ()
+        assert guide.next_action(context, "use the well") is None
 
 
 def test_more_skill_earns_more():
@@ -121,9 +143,13 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body)
         always = self.server.always
-        text = always(body["messages"], body["max_tokens"]) if callable(always) else always
+        if callable(always):
+            text = always(body) if "prompt" in body else always(body["messages"], body["max_tokens"])
+        else:
+            text = always
         status, text = self.server.answers.pop(0) if self.server.answers else (200, text)
-        data = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        choice = {"text": text} if "prompt" in body else {"message": {"content": text}}
+        data = json.dumps({"choices": [choice]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -168,6 +194,27 @@ def test_a_model_behind_an_endpoint(endpoint):
     ]
     assert "Possible" not in endpoint.seen[2]["messages"][3]["content"]
     assert endpoint.seen[2]["seed"] != asked["seed"] == endpoint.seen[0]["seed"]
+
+
+def test_a_decoder_that_goes_on_from_a_text(endpoint):
+    """What it sends is what `LMExecutor` reads; the contexts of a call are asked for at once."""
+    prompt = functools.partial(executor_prompt, commands=0, next_step=True)
+    executor = ServedExecutor(endpoint.url, "m", prompt=prompt, max_tokens=3, temperature=0.5)
+    endpoint.always = lambda body: " half" if "Plan: half" in body["prompt"] else " yes"
+    plan = "Step 1: half Step 2: yes"
+    again = pickle.loads(pickle.dumps(executor))
+    got = rollout(EchoEnv(), again, TASK, plan=plan, seed=2)
+    assert (got.executor, got.actions, got.reward) == ("m", ("half", "yes"), 1.0)
+    first, second = endpoint.seen
+    assert first["prompt"] == f"Task: Say yes.\n{got.observations[0]}\nPlan: half\n"
+    assert (first["max_tokens"], first["temperature"], first["stop"], first["model"]) == (3, 0.5, "\n", "m")
+    assert first["seed"] != second["seed"]
+    contexts = [Context(TASK, each, (), "A room.", 0, seed) for seed, each in enumerate(("", plan, ""))]
+    assert executor.act_batch(contexts) == ["yes", "half", "yes"]
+    assert executor.act_batch(contexts[:1]) == ["yes"]
+    assert executor.act_batch([]) == []
+    report = evaluate(EchoEnv, executor, [TASK], seeds=(0, 1))
+    assert (report.success.mean, len(report.table)) == (1.0, 2)
 
 
 def test_our_own_decoder_behind_an_endpoint(endpoint):

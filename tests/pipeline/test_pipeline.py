@@ -11,6 +11,7 @@ for extra in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
 
 CHANGES = (
     "model.hidden_size=16",
+    "model.num_hidden_layers=1",
     "model.num_attention_heads=2",
     "model.num_key_value_heads=1",
     "model.moe={num_experts: 4, top_k: 2, ffn_size: 8, renormalise: true}",

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from jaxlab import core, tour
 from jaxlab.cli import app
-from jaxlab.inference import EngineConfig
+from jaxlab.inference import EngineConfig, SamplingParams
 from jaxlab.models import save_pretrained
 from jaxlab.models.decoder import Decoder, init_params
-from jaxlab.voltanallm import create_app, recipe, served
-from jaxlab.voltanallm.launching import Clocks, ServeConfig, launch, open_gpu
+from jaxlab.voltanallm import Clocks, ServeConfig, create_app, launch, recipe, served
+from jaxlab.voltanallm.launching import open_gpu
 from tests.inference.multiprocess_cases import CONFIG
 from tests.voltanallm import servers
 
@@ -98,6 +98,17 @@ def test_profile_serve_bench_and_report(folder, tmp_path):
     assert "time to first piece, p95" in told
     assert (tmp_path / "latencies.png").stat().st_size
     assert "answers of a load test" in run("voltanallm", "report", tmp_path / "none", code=2)
+
+
+def test_workers_of_one_process(folder):
+    sizes = EngineConfig(64, page_size=8, max_running=4, prefill_chunk=32, batch_buckets=(4,), kv_dtype="float32")
+    clocks = Clocks("simulated", (1005, 1410), "aimd", prefill_slo_ms=1000.0, decode_slo_ms=1000.0)
+    settings = ServeConfig(str(folder / "model"), sizes, num_prefill=1, processes=False, warm=False, clocks=clocks)
+    with launch(settings) as launched:
+        assert set(launched.controllers) == {"prefill-0", "decode-0"}
+        (output,) = launched.engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0.0))
+        assert len(output.token_ids) == 4
+        assert launched.engine.kv_bytes_moved > 0
 
 
 def test_worker_processes_serve_under_controllers(folder):
