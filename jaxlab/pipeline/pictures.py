@@ -7,6 +7,9 @@ import numpy as np
 
 from jaxlab.core.figures import BLUE, GREEN, GREY, ORANGE, figure
 
+CLOCKS = {"static": "highest clock", "ecofreq": "EcoFreq"}
+"""Controllers, as a reader knows them."""
+
 
 def learning(trained: Mapping[str, Sequence[float]], improved: Mapping[str, Sequence[float]]) -> Any:
     """How often commands are right: by step of the supervised stage, then by update of the reinforcement."""
@@ -115,7 +118,8 @@ def power(runs: Sequence[Mapping[str, Any]]) -> Any:
         each.grid(alpha=0.25, linewidth=0.7)
         for run, colour in zip(runs, (ORANGE, BLUE)):
             trace = run["trace"]
-            each.plot(trace["seconds"], trace[worker], color=colour, linewidth=1.0, label=run["controller"], alpha=0.9)
+            name = CLOCKS[run["controller"]]
+            each.step(trace["seconds"], trace[worker], color=colour, linewidth=1.2, label=name, where="pre")
         each.set_ylim(0, 420)
         each.set_ylabel(f"{worker}\nW (simulated)", fontsize=9)
     axes[-1].set_xlabel("seconds")
@@ -125,5 +129,4 @@ def power(runs: Sequence[Mapping[str, Any]]) -> Any:
 
 def label(run: Mapping[str, Any]) -> str:
     """A run of the agent, as a reader knows it."""
-    clocks = {"static": "highest clock", "ecofreq": "EcoFreq"}[run["controller"]]
-    return f"{clocks}, {'with plans' if run['planned'] else 'no plans'}"
+    return f"{CLOCKS[run['controller']]}, {'with plans' if run['planned'] else 'no plans'}"

@@ -57,7 +57,7 @@ def _run(config: PipelineConfig, folder: Path) -> core.Report:
             "expert_bytes_packed": share,
             "success_with_plans": helped["success"][0],
             "success_without": alone["success"][0],
-            "joules_a_solved_task": helped["joules"] / max(helped["solved"], 1),
+            "joules_a_solved_task": helped["joules"] / helped["solved"] if helped["solved"] else "none was solved",
             **saved,
         },
         tables=(
@@ -120,7 +120,7 @@ def _bars(name: str, told: Mapping[str, Any]) -> tuple[str, Any, Any]:
 
 WORK = (
     *("clocks and plans", "solved", "95 %", "steps", "actions/s", "prompt tokens", "written tokens"),
-    *("first token, ms", "J", "J a solved task", "clock changes"),
+    *("first token, ms", "seconds", "J", "J a solved task", "clock changes"),
 )
 
 
@@ -135,6 +135,7 @@ def work_row(label: str, run: Mapping[str, Any]) -> tuple[Any, ...]:
         int(run["prompt_tokens"]),
         int(run["written_tokens"]),
         run["ttft_ms"],
+        run["seconds"],
         run["joules"],
         run["joules"] / run["solved"] if run["solved"] else None,
         int(run["switches"]),

@@ -17,7 +17,7 @@ from jaxlab.pipeline.quest import WORDS, Quest, prompt
 from jaxlab.voltanallm import Clocks, LatencyTable, ServeConfig, create_app, launch, profile, served
 
 NAME = "agent"
-_LOOK_S = 0.05  # between two looks at the clocks
+_LOOK_S = 0.25  # between two looks at the energy counters
 
 
 def _engine(config: ServerConfig) -> EngineConfig:
@@ -54,7 +54,10 @@ def objectives(config: ServerConfig, tables: Path) -> dict[str, float]:
 
 def worked(config: PipelineConfig, quest: Quest, model: Path, tables: Path) -> dict[str, Any]:
     """Lets the agent do its tasks under each controller, without plans and with the package's planner's."""
-    slo = objectives(config.server, tables)
+    slo, tasks = objectives(config.server, tables), quest.held_out(config.agent.tasks)
+    # Before anything is measured: the server would idle meanwhile.
+    written = Planner.load().plan_all([task.instruction for task in tasks], temperature=0.0)
+    plans = {task.id: plan for task, (plan,) in zip(tasks, written)}
     runs = []
     for controller in config.server.controllers:
         with _serving(config.server, controller, model, tables, slo) as (url, gpus):
@@ -66,10 +69,9 @@ def worked(config: PipelineConfig, quest: Quest, model: Path, tables: Path) -> d
                 temperature=config.agent.temperature,
                 concurrency=2 * config.server.max_running,
             )
-            tasks = quest.held_out(config.agent.tasks)
             with agent.client:
                 evaluate(quest.make, agent, tasks[:1])  # connections and first programs
-                for planner in (None, Planner.load()):
+                for planner in (None, lambda task: plans[task.id]):
                     runs.append(
                         {"controller": controller, "planned": planner is not None}
                         | _work(config, quest, agent, tasks, planner, url, gpus)
@@ -154,15 +156,18 @@ def _counters(url: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _watched(gpus: dict[str, Any]) -> Iterator[dict[str, list[float]]]:
-    """Power of every worker while the block runs: seconds, and watts by worker."""
+    """Power of every worker while the block runs: seconds, and mean watts since the look before, by worker."""
     trace: dict[str, list[float]] = {"seconds": [], **{worker: [] for worker in gpus}}
     over, started = threading.Event(), time.perf_counter()
 
     def look() -> None:
+        then, before = started, _joules(gpus)
         while not over.wait(_LOOK_S):
-            trace["seconds"].append(round(time.perf_counter() - started, 3))
-            for worker, gpu in gpus.items():
-                trace[worker].append(round(gpu.power_w(), 1))
+            now, after = time.perf_counter(), _joules(gpus)
+            trace["seconds"].append(round(now - started, 3))
+            for worker, joules in after.items():
+                trace[worker].append(round((joules - before[worker]) / (now - then), 1))
+            then, before = now, after
 
     thread = threading.Thread(target=look, daemon=True, name="jaxlab-watch")
     thread.start()

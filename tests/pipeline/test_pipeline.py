@@ -83,6 +83,16 @@ def test_a_stage_is_made_once_and_again_where_it_must(run):
     assert new == {other.folder.name}  # what comes before the change is only read
 
 
+def test_a_stage_that_was_killed_goes_on(run):
+    folder, report = run
+    (done,) = folder.glob("improved-*/stage.json")
+    steps = done.parent / "run" / "metrics.jsonl"
+    made = steps.read_text()
+    done.unlink()  # as if it had been killed before its last write
+    assert Pipeline(config(), folder).improved.told["planned"][0] == report.metrics["accuracy_improved"]
+    assert steps.read_text() == made  # no step was made again
+
+
 def test_rewards_are_what_the_world_says():
     quest = Quest(QuestConfig(size=3, tasks=4, rows=8))
     task = quest.env.tasks("seen")[0]
