@@ -114,7 +114,7 @@ def test_rewards_are_what_the_world_says():
     ("change", "told"),
     [
         ("model.moe=null", "model.moe: expected experts"),
-        ("improve={steps: 2}", "improve.sfpo: expected slow-fast updates"),
+        ("improve.sfpo=null", "improve.sfpo: expected slow-fast updates"),
         ("server={controllers: [luck]}", "controllers: expected some of static, ecofreq, got 'luck'"),
         ("server={controllers: []}", "controllers: expected at least one"),
         ("agent={seeds: [1, 1]}", "seeds: expected at least one, none twice"),
