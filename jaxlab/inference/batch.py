@@ -209,11 +209,7 @@ class Batch:
         if sampling.stop and tokenizer is None:
             raise TypeError(f"tokenizer: expected one, to look for the stop strings {sampling.stop!r}, got None")
         ids = prompt_ids(prompts, tokenizer, model.config, sampling.max_tokens)
-        stop_ids = {*sampling.stop_ids}
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            stop_ids.add(int(tokenizer.eos_token_id))
-
-        self.stop_ids = tuple(sorted(stop_ids))
+        self.stop_ids = tuple(sorted({*sampling.ending_ids(tokenizer)}))
         self.count = len(ids) * n
         self.steps = sampling.max_tokens
         self.tokens = np.zeros((self.count, self.steps), np.int32)

@@ -366,8 +366,7 @@ class DisaggregatedEngine:
     def _reader(self, sampling: SamplingParams) -> RowText | None:
         if self.tokenizer is None:
             return None
-        eos = self.tokenizer.eos_token_id
-        return RowText(self.tokenizer, sampling.stop, (*sampling.stop_ids, *([] if eos is None else [int(eos)])))
+        return RowText(self.tokenizer, sampling.stop, sampling.ending_ids(self.tokenizer))
 
     def _slot(self, worker_id: str) -> Slot:
         if worker_id not in self._crew.slots:

@@ -74,9 +74,6 @@ class Engine:
             reserved_tokens=config.num_reserved_decode_tokens,
             prefix_cache=config.prefix_cache,
         )
-        self._stop_ids: tuple[int, ...] = ()
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            self._stop_ids = (int(tokenizer.eos_token_id),)
         self._requests: dict[int, Request] = {}
         self._finished: list[StepOutput] = []
         self._aborted: list[StepOutput] = []
@@ -290,7 +287,7 @@ class Engine:
         return checked_ids(ids, sampling, tokenizer=self.tokenizer, model_config=self.model.config, config=self.config)
 
     def _own(self, sampling: SamplingParams, seed: int) -> _Own:
-        stop_ids = (*sampling.stop_ids, *self._stop_ids)
+        stop_ids = sampling.ending_ids(self.tokenizer)
         reader = None if self.tokenizer is None else RowText(self.tokenizer, sampling.stop, stop_ids)
         return _Own(sampling, seed, frozenset(stop_ids), reader)
 

@@ -26,6 +26,7 @@ class SamplingParams:
         top_p: keeps the fewest likeliest tokens that hold this share of the mass; 1 keeps all.
         min_p: keeps tokens at least this times as likely as the likeliest; 0 keeps all.
         stop_ids: tokens that end the request; the one met is kept.
+        ignore_eos: go on where the tokenizer's `eos_token_id` is drawn; `stop_ids` still end the request.
         stop: strings that end the request; `text` ends before the one met. Needs a tokenizer.
         seed: of this request alone (serving engine; `generate` takes `rng`).
         logprobs: how many alternatives to report with each token (serving engine).
@@ -37,6 +38,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_ids: Sequence[int] = ()
+    ignore_eos: bool = False
     stop: str | Sequence[str] = ()
     seed: int | None = None
     logprobs: int = 0
@@ -62,6 +64,11 @@ class SamplingParams:
             raise TypeError(f"stop: expected strings, got {self.stop!r}")
         self._store("stop", strings)
         self._check("stop", all(strings), "strings that are not empty")
+
+    def ending_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """All tokens that end the request, where a tokenizer (or None) reads it."""
+        eos = None if tokenizer is None or self.ignore_eos else tokenizer.eos_token_id
+        return (*self.stop_ids, *([] if eos is None else [int(eos)]))
 
     def _store(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -80,12 +80,13 @@ class AgentConfig:
 
     Attributes:
       tasks: held-out ones, half of kinds that training had, half of new ones.
-      temperature: of its commands; a little chance ends the loops that small decoders run into.
+      temperature: of its commands; a little chance ends the loops that small decoders run into. Accuracy is measured
+        at it, too.
       seeds: an episode each of every task.
     """
 
     tasks: int = 24
-    temperature: int | float = 0.3
+    temperature: int | float = 0.5
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self):

@@ -24,6 +24,9 @@ from jaxlab.puzzlemoe.baselines import apply_method
 from jaxlab.rl import GRPOTrainer, evaluate
 
 _CALIBRATION_LENGTH = 64
+_DRAWS = 4  # of a situation, where accuracy is measured
+# Mostly with a plan: without one there is little that so few rewards can teach.
+_REWARDED = (True, True, True, False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Pipeline:
             "quest": core.to_dict(config.quest),
             "train": core.to_dict(config.train),
             "seed": config.seed,
+            "temperature": config.agent.temperature,
         }
         return self._stage("trained", decides, None, self._train)
 
@@ -143,7 +147,7 @@ class Pipeline:
 
     def _improve(self, place: Path) -> dict[str, Any]:
         model, params = load_pretrained(self.trained.model)
-        rows = [row for planned in (True, False) for row in self.quest.rows("train", planned)]
+        rows = [row for planned in _REWARDED for row in self.quest.rows("train", planned)]
         tokenizer = load_tokenizer(self.trained.model)
         trainer = GRPOTrainer(model, params, [useful], self.config.improve, rows, tokenizer, folder=place / "run")
         trainer.train()
@@ -181,10 +185,21 @@ class Pipeline:
         return self._accuracy(*load_pretrained(folder), load_tokenizer(folder))
 
     def _accuracy(self, model: Any, params: Any, tokenizer: Any) -> dict[str, Any]:
-        """How often the likeliest command is right, with a plan and without: mean and 95 % interval."""
+        """How often a command is right, drawn as the agent draws it, with a plan and without: mean and interval."""
         rows = [row for planned in (True, False) for row in self.quest.rows("seen", planned, self.config.quest.rows)]
-        got = evaluate(model, params, rows, [useful], tokenizer, n=1, temperature=0.0, max_tokens=WORDS, batch_size=128)
-        halves = np.split(got.rewards[:, 0].astype(np.float64), 2)
+        got = evaluate(
+            model,
+            params,
+            rows,
+            [useful],
+            tokenizer,
+            n=_DRAWS,
+            temperature=self.config.agent.temperature,
+            top_p=1.0,
+            max_tokens=WORDS,
+            batch_size=64,
+        )
+        halves = np.split(got.rewards.mean(axis=1, dtype=np.float64), 2)
         found = {name: core.statistics.bootstrap_ci(half) for name, half in zip(("planned", "plain"), halves)}
         return {name: dataclasses.astuple(interval) for name, interval in found.items()}
 

@@ -255,10 +255,10 @@ _PROMPTS = np.random.default_rng(0)
 
 
 def _add(engine: Any, count: int, length: int, max_tokens: int) -> list[Any]:
-    """Adds prompts that share nothing."""
+    """Adds prompts that share nothing, and whose answers do not end by themselves."""
     from jaxlab.inference import SamplingParams
 
-    greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     vocabulary = engine.model.config.vocab_size
     return [engine.add_request(_PROMPTS.integers(vocabulary, size=length).tolist(), greedy) for _ in range(count)]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,10 @@ def test_requests_end(make_engine, greedy, tokenizer):
         assert (output.finish_reason, output.token_ids, output.text) == ("stop", expected[: place + 1], text)
     assert (nothing.finish_reason, nothing.token_ids, nothing.text, nothing.logprobs) == ("length", [], "", [])
     assert (one.finish_reason, one.token_ids) == ("length", expected[:1])
+    ends = make_engine(tokenizer=types.SimpleNamespace(eos_token_id=expected[place], decode=tokenizer.decode))
+    ended, on = ends.generate([PROMPTS[3]] * 2, [GREEDY, dataclasses.replace(GREEDY, ignore_eos=True)])
+    assert (ended.finish_reason, ended.token_ids) == ("stop", expected[: place + 1])
+    assert (on.finish_reason, on.token_ids) == ("length", expected)
     name = engine.add_request(PROMPTS[0], dataclasses.replace(GREEDY, max_tokens=0))
     assert engine.has_work
     (output,) = engine.step()

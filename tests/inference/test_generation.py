@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,9 @@ def test_the_tokenizer_ends_rows_and_makes_text(model, params, tokenizer):
     assert out.text[1] == tokenizer.decode(out.tokens[1, : out.lengths[1]].tolist()).removesuffix(
         chr(Ends.eos_token_id) if out.finish_reason[1] == "stop" else ""
     )
+    on = generate(model, params, PROMPTS, dataclasses.replace(GREEDY, ignore_eos=True), tokenizer=Ends())
+    assert set(on.finish_reason) == {"length"}
+    assert np.array_equal(on.tokens, generate(model, params, PROMPTS, GREEDY).tokens)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,23 @@ def test_an_engine_is_timed_at_every_batch_and_fill(engine):
     assert table.predict(1005, 4, 100) > 0
 
 
+def test_answers_that_would_end_are_timed_to_the_last(engine):
+    """A trained model ends its answers soon; iterations without requests must not be taken for fast ones."""
+    wanted = []
+    add = engine.add_request
+
+    def asked(ids, sampling):
+        wanted.append(sampling)
+        return add(ids, sampling)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "add_request", asked)
+        profile_decode(engine, batches=(2,), fills=(0.1,), steps=3)
+        profile_prefill(engine, lengths=(4,), repeats=1)
+    assert wanted
+    assert all(sampling.ignore_eos for sampling in wanted)
+
+
 def test_prompts_are_timed_by_length(engine):
     profile_prefill(engine, lengths=(4, 12), repeats=1)  # compiles
     samples = profile_prefill(engine, lengths=(4, 12), repeats=3)
