@@ -96,14 +96,16 @@ def work(runs: Sequence[Mapping[str, Any]]) -> Any:
         (axes[1], energy, [f"{value:.0f}" for value in energy], "J an episode (simulated)"),
     ):
         each.spines[["top", "right"]].set_visible(False)
-        bars = each.barh(range(len(runs)), values, 0.62, color=colours)
-        each.bar_label(bars, text, padding=4, fontsize=9)
+        each.barh(range(len(runs)), values, 0.62, color=colours)
+        ends = values + errors[1] if each is axes[0] else values  # behind the interval
+        for place, (end, told) in enumerate(zip(ends, text)):
+            each.annotate(told, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
         each.set_yticks(range(len(runs)), names if each is axes[0] else [""] * len(runs), fontsize=9)
         each.invert_yaxis()
         each.margins(x=0.14)
         each.set_xlabel(title)
     axes[0].errorbar(success[:, 0], range(len(runs)), xerr=errors, fmt="none", ecolor="#222222", elinewidth=1.0)
-    axes[0].set_xlim(0, 1.12)
+    axes[0].set_xlim(0, 1.15)
     return drawn
 
 
