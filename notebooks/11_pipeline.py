@@ -84,11 +84,14 @@ plots["Power while the agent works with plans (simulated)"]
 # ## The folders
 #
 # Every stage left a folder that other tools take as it is: `jaxlab voltanallm serve` the packed one, `jaxlab puzzlemoe
-# compress` the improved one. Here the improved model acts in this process, without a server:
+# compress` the improved one. Here the improved model acts in this process, without a server, and chooses among the
+# commands that are possible:
 
 # %%
 prompt = functools.partial(executor_prompt, commands=0, next_step=True)
-agent = LMExecutor.load(line.improved.model, name="improved", prompt=prompt, max_tokens=4)
+agent = LMExecutor.load(
+    line.improved.model, name="improved", prompt=prompt, max_tokens=4, temperature=config.agent.temperature
+)
 task = line.quest.held_out(2)[1]
 plan = Planner.load()(task).plan
 run = rollout(line.quest.env, agent, task, plan=plan)

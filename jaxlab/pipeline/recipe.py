@@ -102,8 +102,9 @@ def _run(config: PipelineConfig, folder: Path) -> core.Report:
             "reward of the reinforcement is the same, three times in four with the next step of a plan.",
             f"The agent draws at temperature {config.agent.temperature:g}. Its plans are the package's planner's "
             "(jaxlab.eaglet.Planner.load), of which it is shown one step at a time. Iterations were measured on this "
-            "machine and stretched by a model at the lower clock; joules are a power model's, not of GPUs here, "
-            "with the idle time between requests. EcoFreq kept iterations within "
+            "machine and stretched by a model at the lower clock; joules are a power model's; no GPU is there. They "
+            "include the idle time between requests, and so change with the speed of this machine. EcoFreq was to keep "
+            "iterations within "
             + " and ".join(f"{value:.1f} ms ({phase})" for phase, value in worked.told["objectives_ms"].items())
             + "; its tables erred by "
             + " and ".join(f"{each['error']:.0%} ({phase})" for phase, each in profiled.told.items())
