@@ -84,15 +84,16 @@ plots["Power while the agent works with plans (simulated)"]
 # ## The folders
 #
 # Every stage left a folder that other tools take as it is: `jaxlab voltanallm serve` the packed one, `jaxlab puzzlemoe
-# compress` the improved one. Here the improved model acts in this process, without a server, and chooses among the
-# commands that are possible:
+# compress` the improved one. Here the improved model acts in this process, without a server, in a task that the served
+# agent solved. It chooses among the commands that are possible, so the two need not do the same:
 
 # %%
 prompt = functools.partial(executor_prompt, commands=0, next_step=True)
 agent = LMExecutor.load(
     line.improved.model, name="improved", prompt=prompt, max_tokens=4, temperature=config.agent.temperature
 )
-task = line.quest.held_out(2)[1]
+solved = [name for name, _, _, done in line.worked.told["runs"][-1]["lengths"] if done]
+task = next(each for each in line.quest.held_out(config.agent.tasks) if each.id in solved)
 plan = Planner.load()(task).plan
 run = rollout(line.quest.env, agent, task, plan=plan)
 print(f"{task.instruction}  {plan}\nreward {run.reward:.2f} after {run.steps} steps: {', '.join(run.actions)}")
