@@ -153,8 +153,8 @@ def _instantedit(row: Mapping[str, Any]) -> Iterator[Planned]:
 
 
 def _flexgaussian(row: Mapping[str, Any]) -> Iterator[Planned]:
-    parts = _parts(row, "parameters", "temporaries", "outputs")
-    yield Planned(row["program"], (row["GPU"],), 1, row["total"], (row["fits"],), parts)
+    parts = {"scene": row["parameters"], **_parts(row, "outputs", "temporaries")}
+    yield Planned(row["program"], (row["GPU"],), row["devices"], row["total"], (row["fits"],), parts)
 
 
 _PLAN = "jaxlab plan configs/"
@@ -225,7 +225,7 @@ SOURCES = (
     ),
     Source(
         "flexgaussian",
-        "Rendering of 6.1 million Gaussians, 1920 x 1080",
+        "Images of 6.1 million Gaussians, 1920 x 1080, and their scores",
         f"{_PLAN}flexgaussian/paper.yaml --gpu h100",
         _flexgaussian,
         "flexgaussian_plans",

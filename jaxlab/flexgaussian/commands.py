@@ -37,6 +37,7 @@ def compress(
     prune_rate: Annotated[float | None, typer.Option(help="With --sh-rate: no search.")] = None,
     sh_rate: Annotated[float | None, typer.Option(help="With --prune-rate: no search.")] = None,
     method: Annotated[str, typer.Option(help="bisect, or walk (the official code's).")] = "bisect",
+    weights: Annotated[str, typer.Option(help="Of scores: alpha_T, opacity (the paper's) or count.")] = "alpha_T",
     codec: Annotated[str, typer.Option(help="none, zlib or zstd.")] = "zlib",
     strict: Annotated[bool, typer.Option("--strict", help="Fail where the target is not met.")] = False,
     views: _Views = 8,
@@ -52,9 +53,9 @@ def compress(
         if chosen is None:
             chosen = flexgaussian.orbit_cameras(_load(src), views, width, height)
         images = None if photos is None else _photographs(photos, chosen)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"weights": weights}
         if prune_rate is None:
-            options = {"max_psnr_drop": max_psnr_drop, "min_psnr": min_psnr, "max_bytes": max_bytes}
+            options |= {"max_psnr_drop": max_psnr_drop, "min_psnr": min_psnr, "max_bytes": max_bytes}
             options |= {"min_ratio": min_ratio, "method": method, "strict": strict}
         rates = {"prune_rate": prune_rate, "sh_rate": sh_rate}
         try:

@@ -18,13 +18,12 @@ from jaxlab.flexgaussian.cameras import Camera
 from jaxlab.flexgaussian.compressed import dequantize, quantize
 from jaxlab.flexgaussian.config import QuantConfig
 from jaxlab.flexgaussian.container import from_bytes, to_bytes
-from jaxlab.flexgaussian.importance import importance_scores
+from jaxlab.flexgaussian.importance import blending, importance_scores
 from jaxlab.flexgaussian.pruning import prune
 from jaxlab.flexgaussian.rasteriser import render
 from jaxlab.flexgaussian.refitting import refit
 from jaxlab.flexgaussian.scene import GaussianScene, checked, padded
 from jaxlab.flexgaussian.searching import CANDIDATES, GENTLER
-from jaxlab.flexgaussian.step_search import blending
 from jaxlab.flexgaussian.stepped import StepConfig, quantize_steps
 
 Images = Sequence[Float[Array | np.ndarray, "h w 3"]]

@@ -59,5 +59,7 @@ def colors(
     directions: Float[Array, "*n 3"], sh0: Float[Array, "*n 3"], shN: Float[Array, "*n k 3"]
 ) -> Float[Array, "*n 3"]:
     """Red, green and blue seen along unit vectors, not below 0; 1 is full, larger is possible."""
-    higher = jnp.einsum("...k,...kc->...c", higher_basis(directions, degree_of(shN.shape[-2])), shN)
+    basis = higher_basis(directions, degree_of(shN.shape[-2]))
+    # Term by term, which XLA makes one loop; a product of matrices would need the basis of all Gaussians in memory.
+    higher = sum(basis[..., k, None] * shN[..., k, :] for k in range(shN.shape[-2]))
     return jnp.maximum(0.5 + C0 * sh0 + higher, 0.0)

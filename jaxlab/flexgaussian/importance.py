@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxlab.core.progress import progress
@@ -42,7 +42,8 @@ def importance_scores(
         Gaussian's) or "count" (1).
       volume_power: 0 leaves the volume out.
       volume_clamp: limit the relative volume to 1, as LightGaussian's text has it; the official code does not.
-      mesh: one with an axis "view" divides the cameras of one size among its devices.
+      mesh: one with an axis "view" divides the cameras of one size among its devices. They may belong to several
+        processes, which all call this with the same arguments and get the same scores.
 
     Returns:
       [N] float64, not below 0.
@@ -64,16 +65,22 @@ def importance_scores(
         raise ValueError("cameras: no camera sees the scene")
     if weights == "opacity":
         total *= 1 / (1 + np.exp(-scene.opacity_logit.astype(np.float64)))
-    volumes = np.exp(scene.log_scales.astype(np.float64).sum(axis=1))
+    volumes = np.exp(scene.log_scales.sum(axis=1, dtype=np.float64))
     reference = np.sort(volumes)[::-1][int(_REFERENCE_RANK * len(volumes))]
     ratio = volumes / reference
     return total * (np.minimum(ratio, 1) if volume_clamp else ratio) ** volume_power
 
 
+def blending(scene: GaussianScene, cameras: Sequence[Camera]) -> Float[np.ndarray, " n"]:
+    """Pixels that each Gaussian colours, [N]: `importance_scores` by "alpha_T" without volumes (ours)."""
+    return importance_scores(scene, cameras, weights="alpha_T", volume_power=0)
+
+
 def _weighed(scene: GaussianScene, cameras: Sequence[Camera], blended: bool, mesh: Mesh | None) -> Iterator[np.ndarray]:
     """What the pixels of each view add to every Gaussian, or of each round of views that a mesh takes at once."""
     pairs = first_guess(scene.num_gaussians)
-    width = mesh.shape["view"] if mesh is not None else 1
+    width, place = (1, None) if mesh is None else (mesh.shape["view"], NamedSharding(mesh, PartitionSpec()))
+    scene = jax.device_put(scene.replace(shN=scene.shN[:, :0]), place)  # which pixels, not in which colours
     for size in dict.fromkeys((camera.width, camera.height) for camera in cameras):
         views = [view_of(camera) for camera in cameras if (camera.width, camera.height) == size]
         for start in range(0, len(views), width):
@@ -81,7 +88,7 @@ def _weighed(scene: GaussianScene, cameras: Sequence[Camera], blended: bool, mes
             used = np.arange(width) < len(group)
             stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group, *[group[0]] * (width - len(group)))
             while True:
-                weights, needed = _of_views(scene, stacked, used, *size, pairs, blended, mesh)
+                weights, needed = weigh_views(scene, stacked, used, *size, pairs, blended, mesh)
                 if int(needed) <= pairs:
                     break
                 pairs = enough_for(int(needed))
@@ -89,7 +96,7 @@ def _weighed(scene: GaussianScene, cameras: Sequence[Camera], blended: bool, mes
 
 
 @functools.partial(jax.jit, static_argnames=("width", "height", "max_pairs", "blended", "mesh"))
-def _of_views(
+def weigh_views(
     scene: GaussianScene,
     views: View,
     used: Array,

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import numpy as np
 
+from jaxlab.core.memory import aligned
 from jaxlab.flexgaussian.harmonics import degree_of
 
 ATTRIBUTES = ("means", "log_scales", "quats", "opacity_logit", "sh0", "shN")
@@ -87,7 +88,9 @@ def padded(scene: GaussianScene, count: int) -> GaussianScene:
 
     def longer(name: str) -> np.ndarray:
         leaf = np.asarray(getattr(scene, name))
-        return np.concatenate([leaf, np.full((more, *leaf.shape[1:]), unseen[name], leaf.dtype)])
+        whole = aligned((count, *leaf.shape[1:]), leaf.dtype)
+        whole[: len(leaf)], whole[len(leaf) :] = leaf, unseen[name]
+        return whole
 
     return scene if more == 0 else GaussianScene(**{name: longer(name) for name in ATTRIBUTES})
 

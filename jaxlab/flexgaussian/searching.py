@@ -85,6 +85,7 @@ def search(
     min_ratio: float | None = None,
     method: str = "bisect",
     scores: Float[np.ndarray, " n"] | None = None,
+    weights: str = "alpha_T",
     quant: QuantConfig | None = None,
     test_every: int = 8,
     codec: str = "zlib",
@@ -107,6 +108,8 @@ def search(
       min_ratio: smallest ratio; None: no such target.
       method: "bisect" over candidates sorted by size, or "walk", the official code's from the middle of its own order.
       scores: of `importance_scores`, [N]; None: made here from all cameras but the test views, or all.
+      weights: by which they are made: "alpha_T" (ours: `importance_scores` without volumes, pixels by what they owe to
+        a Gaussian), or "opacity" (the paper's score) or "count" with volumes.
       quant: bits of the candidates; None: the paper's.
       test_every: with photographs: every how many cameras one is a test view, from the first.
       codec: of the file.
@@ -125,7 +128,7 @@ def search(
     if drop is None and max_bytes is None and min_ratio is None:
         raise ValueError("max_psnr_drop, min_psnr, max_bytes, min_ratio: expected a target")
     quant = quant or QuantConfig()
-    bench = Bench(scene, cameras, images, scores=scores, test_every=test_every, codec=codec)
+    bench = Bench(scene, cameras, images, scores=scores, weights=weights, test_every=test_every, codec=codec)
     target = _Target(
         psnr=drop if drop is None or images is None else bench.base_psnr - drop,
         bytes=min(max_bytes or np.inf, bench.plain_bytes / min_ratio if min_ratio else np.inf),
@@ -157,12 +160,13 @@ def fixed_rates(
     sh_rate: float,
     *,
     scores: Float[np.ndarray, " n"] | None = None,
+    weights: str = "alpha_T",
     quant: QuantConfig | None = None,
     test_every: int = 8,
     codec: str = "zlib",
 ) -> SearchResult:
     """The result of one candidate, without a target."""
-    bench = Bench(scene, cameras, images, scores=scores, test_every=test_every, codec=codec)
+    bench = Bench(scene, cameras, images, scores=scores, weights=weights, test_every=test_every, codec=codec)
     trial = bench.attempt(Choice(prune_rate, sh_rate, quant or QuantConfig()))
     return _result(bench, trial, [trial], _Target(None, np.inf), "ok")
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxlab.flexgaussian.cameras import Camera
 from jaxlab.flexgaussian.container import to_bytes
-from jaxlab.flexgaussian.importance import importance_scores
+from jaxlab.flexgaussian.importance import blending
 from jaxlab.flexgaussian.pruning import prune
 from jaxlab.flexgaussian.rasteriser import render
 from jaxlab.flexgaussian.refitting import refit
@@ -23,11 +23,6 @@ _START, _SLOPE, _LEAST_SLOPE = 1.5, -4.0, -1.0
 """The first factor's logarithm, and decibels by it."""
 _MOST, _NEAR, _NARROW, _MARGIN = 5, 0.15, 0.1, 0.05
 """Trials of a share; how near to the target is near enough, in dB; differences of logarithms that do not matter."""
-
-
-def blending(scene: GaussianScene, cameras: Sequence[Camera]) -> Float[np.ndarray, " n"]:
-    """Pixels that each Gaussian colours: what steps go by, and what is pruned."""
-    return importance_scores(scene, cameras, weights="alpha_T", volume_power=0)
 
 
 def search_steps(

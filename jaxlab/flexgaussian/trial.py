@@ -13,7 +13,7 @@ from jaxlab.flexgaussian.cameras import Camera
 from jaxlab.flexgaussian.compressed import CompressedScene, dequantize, quantize
 from jaxlab.flexgaussian.config import QuantConfig
 from jaxlab.flexgaussian.container import to_bytes
-from jaxlab.flexgaussian.importance import importance_scores
+from jaxlab.flexgaussian.importance import blending, importance_scores
 from jaxlab.flexgaussian.pruning import prune
 from jaxlab.flexgaussian.rasteriser import render
 from jaxlab.flexgaussian.scene import GaussianScene, checked, padded
@@ -49,7 +49,7 @@ class Bench:
 
     Attributes:
       scene: as numpy arrays.
-      scores: those given, or made.
+      scores: those given, or made by `weights`: `blending` for "alpha_T", otherwise `importance_scores`.
       base_psnr: mean over the test views of the scene as it is; infinite where it is its own reference.
       plain_bytes: of the vertices of the scene's .ply, normals as that layout has them.
     """
@@ -61,6 +61,7 @@ class Bench:
         images: Sequence[Float[Array | np.ndarray, "h w 3"]] | None,
         *,
         scores: Float[np.ndarray, " n"] | None,
+        weights: str = "alpha_T",
         test_every: int,
         codec: str,
     ):
@@ -77,7 +78,9 @@ class Bench:
             self.base_psnr = _mean_psnr(shown, self._references)
         if scores is None:
             others = [camera for i, camera in enumerate(cameras) if i not in views]
-            scores = importance_scores(self.scene, others or cameras)
+            views = others or cameras
+            by_pixels = weights == "alpha_T"
+            scores = blending(self.scene, views) if by_pixels else importance_scores(self.scene, views, weights=weights)
         self.scores = scores
 
     def attempt(self, choice: Choice) -> Trial:

@@ -10,7 +10,6 @@ Example:
         tensors.shape("model.norm.weight"), tensors["model.norm.weight"]
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlab.core.memory import aligned
 from jaxlab.core.untrusted import read_object
 
 Select = tuple[slice, ...]
@@ -312,7 +312,7 @@ def fill(tensors: Tensors, leaf: Leaf, dtype: Any, sharding: jax.sharding.Shardi
     else:
         indices = sharding.addressable_devices_indices_map(leaf.shape)
         placement = {device: _region(index or (), leaf.shape) for device, index in indices.items()}
-    buffers = {region: _aligned([hi - lo for lo, hi in region], dtype) for region in set(placement.values())}
+    buffers = {region: aligned([hi - lo for lo, hi in region], dtype) for region in set(placement.values())}
     for part in leaf.parts:
         depth = len(part.index)
         takers = [
@@ -330,14 +330,6 @@ def fill(tensors: Tensors, leaf: Leaf, dtype: Any, sharding: jax.sharding.Shardi
         return jax.device_put(buffers[placement[None]])
     arrays = [jax.device_put(buffers[region], device) for device, region in placement.items()]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
-
-
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An array whose memory a CPU device takes over as it is: `device_put` copies what does not start at 64 bytes."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _region(index: tuple[slice, ...], shape: tuple[int, ...]) -> Region:

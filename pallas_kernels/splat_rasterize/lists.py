@@ -56,11 +56,13 @@ def build(
     # Those without a pair come last, so that each of the others marks where its pairs begin.
     marked = jnp.where(counts[order] > 0, firsts, max_pairs)
     marks = zeros_alike((max_pairs,), jnp.int32, rows).at[marked].add(1, mode="drop")
-    boxes = jnp.stack([order, firsts, left[order], top[order], right[order] - left[order]], axis=1)
-    ids, first, left, top, wide = jnp.moveaxis(boxes.at[jnp.cumsum(marks) - 1].get(mode="clip"), 1, 0)
+    # One gather a number: together they would be a table of pairs, and neighbours read the same rows anyway.
+    numbers = order, firsts, (top * columns + left)[order], (right - left)[order]
+    turn = jnp.cumsum(marks) - 1
+    ids, first, corner, wide = (x.at[turn].get(mode="clip") for x in numbers)
     pair = jnp.arange(max_pairs, dtype=jnp.int32)
     line = lax.div(pair - first, jnp.maximum(wide, 1))
-    tile = (top + line) * columns + left + (pair - first - line * wide)
+    tile = corner + line * (columns - wide) + (pair - first)
     tile = jnp.where(pair < ends[-1], tile, tiles)
 
     by_tile = ordering.stable_order(tile.astype(jnp.uint32), tiles.bit_length())

@@ -53,14 +53,15 @@ def _places(digits: Int[Array, " m"], values: int) -> Int[Array, " m"]:
     of the bits below its own is how many came before it.
     """
     index = jnp.arange(digits.size, dtype=jnp.int32)
-    where = (index // 32 % _WORDS, index // (32 * _WORDS), digits)
+    shape = _WORDS, -(-digits.size // (32 * _WORDS)), values
+    where = (index // 32 % _WORDS * shape[1] + index // (32 * _WORDS)) * values + digits
     bit = jnp.uint32(1) << (index % 32).astype(jnp.uint32)
-    masks = jnp.zeros((_WORDS, -(-digits.size // (32 * _WORDS)), values), jnp.uint32).at[where].add(bit)
-    words = _ones(masks)
+    masks = jnp.zeros(shape[0] * shape[1] * values, jnp.uint32).at[where].add(bit)
+    words = _ones(masks).reshape(shape)
     blocks = jnp.sum(words, axis=0, dtype=jnp.int32)
     totals = jnp.sum(blocks, axis=0, dtype=jnp.int32)
     totals, blocks, words = (jnp.cumsum(x, axis=0) - x for x in (totals, blocks, words))
-    before = totals + blocks + words
+    before = (totals + blocks + words).reshape(-1)
     return before[where] + _ones(masks[where] & (bit - 1))
 
 

@@ -10,13 +10,13 @@ from jaxlab.flexgaussian.baselines import BASELINES, baseline
 from jaxlab.flexgaussian.bits import allocate, sensitivities
 from jaxlab.flexgaussian.cameras import orbit_cameras
 from jaxlab.flexgaussian.frontier import Frontier, Point, best, bytes_at
+from jaxlab.flexgaussian.importance import blending
 from jaxlab.flexgaussian.made_up import striped_ball
 from jaxlab.flexgaussian.metrics import psnr
 from jaxlab.flexgaussian.palettes import palette
 from jaxlab.flexgaussian.pruning import prune
 from jaxlab.flexgaussian.rasteriser import render
 from jaxlab.flexgaussian.refitting import refit
-from jaxlab.flexgaussian.step_search import blending
 from tests.flexgaussian.scenes import random_scene
 
 SIZE = {"width": 48, "height": 32}

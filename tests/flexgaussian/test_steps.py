@@ -15,13 +15,14 @@ from jaxlab.flexgaussian.cameras import orbit_cameras
 from jaxlab.flexgaussian.canonical import canonical, whole_quats
 from jaxlab.flexgaussian.compressed import dequantize
 from jaxlab.flexgaussian.container import from_bytes, load_compressed, save_compressed, to_bytes
+from jaxlab.flexgaussian.importance import blending
 from jaxlab.flexgaussian.made_up import striped_ball
 from jaxlab.flexgaussian.morton import interleaved, parted
 from jaxlab.flexgaussian.octree import decode_cells, encode_cells
 from jaxlab.flexgaussian.range_coding import DamagedError, Decoder, Encoder, lanes_for
 from jaxlab.flexgaussian.scene import SceneFormatError, take
 from jaxlab.flexgaussian.searching import TargetNotMetError
-from jaxlab.flexgaussian.step_search import blending, search_steps
+from jaxlab.flexgaussian.step_search import search_steps
 from jaxlab.flexgaussian.stepped import CLASSES, StepConfig, quantize_steps
 from tests.flexgaussian.scenes import random_scene
 
