@@ -9,17 +9,9 @@ A module of cases has functions `case_*(folder)`, which run the same in every pr
     from tests import two_processes
     from tests.core import multiprocess_cases as cases
 
-    @pytest.fixture(scope="module")
-    def outcomes(tmp_path_factory):
-        return two_processes.run(cases.__name__, tmp_path_factory.mktemp("two"))
-
-    @pytest.mark.parametrize("name", two_processes.names(cases))
-    def test_one_process(name, tmp_path):
-        getattr(cases, name)(tmp_path)
-
-    @pytest.mark.parametrize("name", two_processes.names(cases))
-    def test_two_processes(name, outcomes):
-        outcomes.check(name)
+    outcomes = two_processes.outcomes(cases)
+    test_one_process = two_processes.in_one(cases)
+    test_two_processes = two_processes.in_two(cases)
 """
 
 import dataclasses
@@ -27,8 +19,10 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -72,6 +66,38 @@ def run(module: str, folder: Path, *, processes: int = 2, devices: int = 4, time
         tuple(dict(jsonl.read(folder / f"outcomes.{index}.jsonl")) for index in range(processes)),
         "\n".join(f"[process {i}] exit {r.returncode}\n{r.stdout}\n{r.stderr}" for i, r in enumerate(results)),
     )
+
+
+def outcomes(module: ModuleType, *, before: Callable[[Path], None] = lambda folder: None) -> Any:
+    """The fixture `outcomes` of a file of tests: the launch that `in_two` asks; `before` sees its folder first."""
+
+    @pytest.fixture(scope="module", name="outcomes")
+    def launched(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("two")
+        before(folder)
+        return run(module.__name__, folder)
+
+    return launched
+
+
+def in_one(module: ModuleType) -> Callable[..., None]:
+    """The test of every case in this process."""
+
+    @pytest.mark.parametrize("name", names(module))
+    def test_one_process(name, tmp_path):
+        getattr(module, name)(tmp_path)
+
+    return test_one_process
+
+
+def in_two(module: ModuleType) -> Callable[..., None]:
+    """The test of every case in the launch of the fixture `outcomes`."""
+
+    @pytest.mark.parametrize("name", names(module))
+    def test_two_processes(name, outcomes):
+        outcomes.check(name)
+
+    return test_two_processes
 
 
 def _main(module: str, folder: str) -> None:

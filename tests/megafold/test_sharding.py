@@ -30,14 +30,8 @@ def test_as_on_one_device(name):
     cases.check(name)
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return two_processes.run(cases.__name__, tmp_path_factory.mktemp("two"))
-
-
-@pytest.mark.parametrize("name", two_processes.names(cases))
-def test_two_processes(name, outcomes):
-    outcomes.check(name)
+outcomes = two_processes.outcomes(cases)
+test_two_processes = two_processes.in_two(cases)
 
 
 def gathered(channels, rows=TOKENS):

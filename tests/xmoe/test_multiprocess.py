@@ -1,16 +1,7 @@
 """In one process the same modes, and all others, run in test_expert_parallel.py."""
 
-import pytest
-
 from tests import two_processes
 from tests.xmoe import multiprocess_cases as cases
 
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return two_processes.run(cases.__name__, tmp_path_factory.mktemp("two"))
-
-
-@pytest.mark.parametrize("name", two_processes.names(cases))
-def test_two_processes(name, outcomes):
-    outcomes.check(name)
+outcomes = two_processes.outcomes(cases)
+test_two_processes = two_processes.in_two(cases)
