@@ -199,6 +199,7 @@ _MEASURES = {
     "SSIM to target x1e2": "ssim_to_target",
     "LPIPS to target x1e3": "lpips_to_target",
     "PSNR to source": "psnr",
+    "LPIPS to source x1e3": "lpips",
     "PSNR of background": "psnr_background",
     "LPIPS of background x1e3": "lpips_background",
 }

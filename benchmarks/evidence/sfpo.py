@@ -115,12 +115,13 @@ def pages() -> None:
         curves = {method: runs for method, runs in curves.items() if runs}
         if "grpo" not in curves:
             continue
-        axes = ("rollouts", "seconds") if family == ABLATED else ("rollouts",)
-        drawn = {
-            **{axis: pictures.accuracies(curves, axis, config.smooth) for axis in axes},
-            "entropy": pictures.entropies(curves, config.smooth),
-            "ratios": pictures.ratios(compare(curves, shares=(0.9,), width=config.smooth)),
-        }
+        drawn = {"rollouts": pictures.accuracies(curves, "rollouts", config.smooth)}
+        if family == ABLATED:  # whose seconds are told
+            drawn |= {
+                "seconds": pictures.accuracies(curves, "seconds", config.smooth),
+                "entropy": pictures.entropies(curves, config.smooth),
+                "ratios": pictures.ratios(compare(curves, shares=(0.9,), width=config.smooth)),
+            }
         for name, figure in drawn.items():
             figure.savefig(FOLDER / f"sfpo_{family}_{name}.png", dpi=110, bbox_inches="tight")
 
