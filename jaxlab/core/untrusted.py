@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import gzip
 import io
 import itertools
 import json
@@ -104,7 +105,7 @@ def _brackets(text: str) -> int:
 
 @contextlib.contextmanager
 def understood(what: str | os.PathLike) -> Iterator[None]:
-    """Turns what goes wrong over values of unforeseen types and sizes into one ValueError.
+    """Turns what goes wrong over values of unforeseen types and sizes into one ValueError; a decorator, too.
 
     For code that takes a parsed document apart; what it says itself (ValueError, NotImplementedError, KeyError) passes.
 
@@ -128,8 +129,7 @@ def inside(folder: str | os.PathLike, name: object, what: str = "name") -> Path:
     Raises:
       ValueError: it is no text, absolute, or leads out of the folder.
     """
-    plain = isinstance(name, str) and name and "\0" not in name and "\\" not in name and name.isprintable()
-    if not isinstance(name, str) or not plain:
+    if not isinstance(name, str) or not name or not name.isprintable() or "\\" in name:
         raise ValueError(f"{what}: expected the name of a file, got {str(name)[:80]!r}")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
@@ -143,23 +143,18 @@ def gunzipped(content: bytes, what: str, most: int = UNPACKED_BYTES) -> bytes:
     Raises:
       ValueError: damaged, cut off, or more than `most` bytes.
     """
-    pieces, total = [], 0
-    while content:
-        unpacker = zlib.decompressobj(31)
-        try:
-            while not unpacker.eof:
-                piece = unpacker.decompress(content, _PIECE)
-                content = unpacker.unconsumed_tail
-                if not piece and not content and not unpacker.eof:
-                    raise ValueError(f"{what}: its gzip data is cut off")
-                total += len(piece)
-                if total > most:
+    unpacked = bytearray()
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            while piece := stream.read(_PIECE):
+                unpacked += piece
+                if len(unpacked) > most:
                     raise ValueError(f"{what}: its gzip data unpacks to more than {most} bytes")
-                pieces.append(piece)
-        except zlib.error as error:
-            raise ValueError(f"{what}: damaged gzip data ({error})") from error
-        content = unpacker.unused_data.lstrip(b"\0")  # padding between members, as gzip itself has it
-    return b"".join(pieces)
+    except EOFError as error:
+        raise ValueError(f"{what}: its gzip data is cut off") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{what}: damaged gzip data ({error})") from error
+    return bytes(unpacked)
 
 
 def read_npz(path: str | os.PathLike, most: int = UNPACKED_BYTES) -> dict[str, np.ndarray]:
