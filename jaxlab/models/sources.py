@@ -1,8 +1,15 @@
-"""Where models lie on this machine. Nothing here reads a weight, imports JAX or reaches a network."""
+"""Where models lie on this machine, and what their `config.json` says.
+
+Nothing here reads a weight, imports JAX or reaches a network.
+"""
 
 import importlib.metadata
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from jaxlab.core.untrusted import read_object
 
 MODELS_VARIABLE = "JAXLAB_MODELS"
 """Folder, or several joined by the path separator, under which `org/name` is looked up."""
@@ -58,3 +65,19 @@ def find_model(source: str | os.PathLike[str]) -> Path:
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"source {path}: expected a folder or a .gguf file")
     return path
+
+
+def read_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The content of a `config.json`.
+
+    Args:
+        source: the content itself, the file, or its folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not a JSON object.
+    """
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    return read_object(path / "config.json" if path.is_dir() else path)

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from flax import struct
 
-from jaxlab.core.untrusted import read_object
 from jaxlab.models.cost import parameter_count
 from jaxlab.models.decoder import DecoderConfig
+from jaxlab.models.sources import read_config
 from jaxlab.puzzlemoe.config import num_pairs
 
 _BYTES = 2
@@ -45,7 +44,7 @@ def estimate_memory(hf_config: Mapping[str, Any] | str | os.PathLike[str], ratio
         KeyError: a size is missing.
         FileNotFoundError: no such file.
     """
-    hf = _content(hf_config)
+    hf = read_config(hf_config)
     if hf.get("model_type") in _MLA_FAMILIES:
         other, layers, experts, weights = _latent_attention_model(hf)
     else:
@@ -59,14 +58,6 @@ def estimate_memory(hf_config: Mapping[str, Any] | str | os.PathLike[str], ratio
     slots = experts - num_pairs(experts, ratio) if ratio else experts
     expert_bytes = _BYTES * layers * slots * weights
     return MemoryEstimate(expert_bytes + _BYTES * other, expert_bytes, _BYTES * other)
-
-
-def _content(source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        return source
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    return read_object(path)
 
 
 def _latent_attention_model(hf: Mapping[str, Any]) -> tuple[int, int, int, int]:

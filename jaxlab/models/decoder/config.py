@@ -7,10 +7,10 @@ DeepSeek-MoE. Field names are those of Hugging Face's `config.json`; `families.p
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlab.core.untrusted import read_object, understood
+from jaxlab.core.untrusted import understood
+from jaxlab.models.sources import read_config
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 Number = float | int
@@ -273,15 +273,13 @@ class DecoderConfig:
             NotImplementedError: a family or a feature that the decoder does not have.
             KeyError: a size is missing.
             FileNotFoundError: no such file.
+            ValueError: it is not a JSON object, or its sizes do not fit.
         """
-        if not isinstance(source, Mapping):
-            path = Path(source)
-            path = path / "config.json" if path.is_dir() else path
-            source = read_object(path)
         from jaxlab.models.decoder import families
 
+        content = read_config(source)
         with understood("config.json"):
-            return families.read(source)
+            return families.read(content)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this model.

@@ -3,11 +3,11 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jaxlab.core.untrusted import read_object, understood
+from jaxlab.core.untrusted import understood
 from jaxlab.models.decoder import DecoderConfig
+from jaxlab.models.sources import read_config
 
 MODEL_TYPE = "qwen2_5_vl"
 
@@ -104,14 +104,12 @@ class Config:
             config: its content, its path, or the folder that holds it.
 
         Raises:
-            ValueError: another model type, or sizes that do not fit.
+            FileNotFoundError: no such file.
+            ValueError: it is not a JSON object, another model type, or sizes that do not fit.
             KeyError: a size is missing.
             NotImplementedError: a feature that the decoder or the encoder does not have.
         """
-        if not isinstance(config, Mapping):
-            path = Path(config)
-            path = path / "config.json" if path.is_dir() else path
-            config = read_object(path)
+        config = read_config(config)
         if config.get("model_type") != MODEL_TYPE:
             raise ValueError(f"model_type: expected {MODEL_TYPE!r}, got {config.get('model_type')!r}")
         vision = dict(config.get("vision_config") or {})

@@ -14,10 +14,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jaxlab.core.untrusted import read_object, understood
+from jaxlab.core.untrusted import understood
 from jaxlab.layers import Linear
 from jaxlab.layers.sharding import named
 from jaxlab.models import load
+from jaxlab.models.sources import read_config
 
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -73,10 +74,7 @@ class CLIPTextConfig:
           FileNotFoundError: no such file.
           ValueError: not JSON, or of another kind of model.
         """
-        if not isinstance(config, Mapping):
-            path = Path(config)
-            path = path / "config.json" if path.is_dir() else path
-            config = read_object(path)
+        config = read_config(config)
         kind = config.get("model_type", "clip_text_model")
         if kind not in ("clip", "clip_text_model"):
             raise ValueError(f"model_type: expected 'clip_text_model', got {kind!r}")

@@ -3,10 +3,10 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxlab.core.untrusted import read_object, understood
+from jaxlab.core.untrusted import understood
+from jaxlab.models.sources import read_config
 
 CROSS_ATTENTION_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_ATTENTION_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -58,10 +58,7 @@ class _FromDict:
             ValueError: not JSON, a network of another class, a behaviour that the module does not have (named with its
                 value), or sizes that do not fit.
         """
-        if not isinstance(config, Mapping):
-            path = Path(config)
-            path = path / "config.json" if path.is_dir() else path
-            config = read_object(path)
+        config = read_config(config)
         if config.get("_class_name", cls.CLASS_NAME) != cls.CLASS_NAME:
             raise ValueError(f"_class_name: expected {cls.CLASS_NAME!r}, got {config['_class_name']!r}")
         names = {field.name for field in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
