@@ -1,5 +1,6 @@
 """Whole models to and from folders and files: `load_pretrained`, `save_pretrained`."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -63,13 +64,13 @@ def load_pretrained(
         from jaxlab.models.gguf import GgufDecoder, GgufFile, hf_config
 
         file = GgufFile(path)
-        hf, open_weights = hf_config(file), lambda: GgufDecoder(file)
+        hf, open_weights = hf_config(file), functools.partial(GgufDecoder, file)
     else:
         hf = read_object(path / "config.json")
         if "jaxlab_format" in hf:
             loader = _loader(str(hf["jaxlab_format"]), path)
             return loader(path, dtype=dtype, mesh=mesh, rules=rules, mlp=mlp, **config_overrides)
-        open_weights = lambda: load.open_tensors(path)  # noqa: E731
+        open_weights = functools.partial(load.open_tensors, path)
     kind = kind_of(hf.get("model_type"))
     with understood(path):
         read = kind.read(hf)
