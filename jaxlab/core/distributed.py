@@ -1,4 +1,4 @@
-"""Several processes: joining a cluster, and a cluster of local processes for tests."""
+"""Several processes: joining a cluster, and a cluster of local processes for tests and terminals."""
 
 import contextlib
 import math
@@ -24,8 +24,8 @@ def initialize() -> None:
     """Joins the cluster this process was started in; alone, or called again, it does nothing.
 
     A cluster is what JAX detects (SLURM, Open MPI, Kubernetes, TPU pods), or the environment variables
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`, which `run_local` sets. Call it before anything
-    asks JAX for devices.
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`, which `run_local` and `launch` set. Call it
+    before anything asks JAX for devices.
     """
     if jax.distributed.is_initialized():
         return
@@ -45,7 +45,7 @@ def initialize() -> None:
 def is_main() -> bool:
     """Whether this process writes the logs, reports and bars: process zero, or the only one.
 
-    It starts no backend: before `initialize` a process that `run_local` started knows its index from the environment.
+    It starts no backend: before `initialize` a process of `run_local` or `launch` knows its index from the environment.
     """
     from jax._src import distributed as state
 
@@ -79,6 +79,8 @@ def run_local(
 
     Raises:
       subprocess.TimeoutExpired: the time is over; what the processes wrote is in its `output` and `stderr`.
+      ValueError: no command, or fewer than one process or device.
+      OSError: there is no such command.
     """
     command, shared = _prepared(argv, processes, devices, env)
     with tempfile.TemporaryDirectory(prefix="jaxlab-run-") as folder:
@@ -131,14 +133,19 @@ def launch(
 
     Returns:
       0, or the return code of the process that failed first.
+
+    Raises:
+      ValueError: no command, or fewer than one process or device.
+      OSError: there is no such command.
     """
     command, shared = _prepared(argv, processes, devices, env)
+    others = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running: list[subprocess.Popen] = []
     readers = []
     try:
         for index in range(processes):
-            own: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if index else {}
-            process = subprocess.Popen(command, env={**shared, _INDEX: str(index)}, start_new_session=True, **own)
+            streams: dict[str, Any] = others if index else {}
+            process = subprocess.Popen(command, env={**shared, _INDEX: str(index)}, start_new_session=True, **streams)
             running.append(process)
             if index:
                 readers.append(threading.Thread(target=_echo, args=(process.stdout, index), daemon=True))
@@ -165,9 +172,10 @@ def launch(
 
 
 def _echo(lines: IO[bytes], index: int) -> None:
-    for line in lines:
-        sys.stderr.write(f"[{index}] {line.decode(errors='replace')}")
-        sys.stderr.flush()
+    with lines:
+        for line in lines:
+            sys.stderr.write(f"[{index}] {line.decode(errors='replace')}")
+            sys.stderr.flush()
 
 
 def _prepared(
@@ -204,16 +212,15 @@ def _wait(running: Sequence[subprocess.Popen], timeout_s: float) -> tuple[bool, 
     """
     deadline = time.monotonic() + timeout_s
     first = None
-    while any(process.poll() is None for process in running):
+    while True:
+        codes = [process.poll() for process in running]
+        ended = None not in codes
         if first is None:
-            first = next((index for index, process in enumerate(running) if process.poll()), None)
+            first = next((index for index, code in enumerate(codes) if code), None)
             deadline = deadline if first is None else min(deadline, time.monotonic() + 2.0)
-        if time.monotonic() > deadline:
-            return first is not None, first
+        if ended or time.monotonic() > deadline:
+            return ended or first is not None, first
         time.sleep(0.02)
-    if first is None:
-        first = next((index for index, process in enumerate(running) if process.poll()), None)
-    return True, first
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -65,6 +65,19 @@ def test_launched_processes_speak_by_index(capfd):
     assert sorted(err.splitlines()) == ["[1] hello from 1", "[2] hello from 2"]
 
 
+def test_only_the_first_launched_process_reads_the_terminal(tmp_path):
+    code = (
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "index, other = os.environ['JAX_PROCESS_ID'], Path(sys.argv[1])\n"
+        "while index == '0' and not other.exists():\n    time.sleep(0.02)\n"  # it would have been read by then
+        "print(index, repr(sys.stdin.read()))\nother.touch()"
+    )
+    other = str(tmp_path / "other")
+    started = f"from jaxlab.core import distributed\ndistributed.launch(['-c', {code!r}, {other!r}])"
+    done = subprocess.run([sys.executable, "-c", started], input="hello", capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("0 'hello'\n", "[1] 1 ''\n")
+
+
 def test_the_first_failure_of_a_launch_is_told(capfd):
     code = (
         "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': os.kill(os.getpid(), 9)\n"
