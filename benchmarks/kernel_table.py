@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import kernels as shapes
+from benchmarks import markdown
 from benchmarks.harness import interleaved
 from benchmarks.kernel_ops import OPS, Op
 from jaxlab import _platform
@@ -52,27 +53,27 @@ def sections(page: str) -> dict[str, str]:
 
 def _section(op: Op) -> Iterator[str]:
     yield from (op.what, "", f"On this CPU: {op.shape}.", "")
-    yield from _table(_CPU_HEAD.format(peer=op.peer), _cpu_rows(op))
+    head = (
+        *("implementation", "error, value", "error, gradients", f"forward, times faster than {op.peer}"),
+        *("with gradients", "temporaries, forward", "with gradients"),
+    )
+    yield from markdown.table(head, _cpu_rows(op))
     yield from ("", f"Compiled for GPUs: {op.gpu_shape}.", "")
     try:
         rows = list(_gpu_rows(op))
     except MissingExtra as missing:
         yield f"Not compiled: {missing}."
     else:
-        yield from _table(_GPU_HEAD, rows)
+        head = (
+            *("GPU", "implementation", "pass", "temporaries", "Pallas kernel", "registers", "spilled bytes"),
+            *("tensor cores", "16-byte asynchronous copies"),
+        )
+        yield from markdown.table(head, rows)
     if op.notes:
         yield from ("", op.notes)
 
 
 _TENSOR_CORE = ("wgmma", "mma.sync", "tcgen05.mma")
-_CPU_HEAD = (
-    "implementation | error, value | error, gradients | forward, times faster than {peer} | with gradients | "
-    "temporaries, forward | with gradients"
-)
-_GPU_HEAD = (
-    "GPU | implementation | pass | temporaries | Pallas kernel | registers | spilled bytes | tensor cores | "
-    "16-byte asynchronous copies"
-)
 
 
 def _cpu_rows(op: Op) -> Iterator[tuple[str, ...]]:
@@ -173,13 +174,6 @@ def _error(got: jax.Array, want: np.ndarray) -> float:
 
 def _mib(size: int) -> str:
     return "0" if size == 0 else f"{size / MIB:.3g} MiB"
-
-
-def _table(head: str, rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> Iterator[str]:
-    yield f"| {head} |"
-    yield "|" + "---|" * (head.count("|") + 1)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import NAMES, history
+from benchmarks import NAMES, history, markdown
 from benchmarks.history import BUSY, Run, ratio_text
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -64,7 +64,7 @@ def lines(latest: Sequence[Run], known: Mapping[str, str], over_time: bool = Fal
     if over_time:
         yield from ("", f"![Ratios over bars, by date]({OVER_TIME.as_posix()})")
     yield ""
-    yield from _table(
+    yield from markdown.table(
         ("system", "bars that hold", "files run in full", "quick only", "not here yet", "latest", "busy"),
         (_summary(system, latest, known) for system in _systems(known)),
     )
@@ -124,7 +124,7 @@ def over_dates(runs: Sequence[Run]) -> Any:
 def _section(runs: Sequence[Run], missing: Sequence[str]) -> Iterator[str]:
     if runs:
         head = ("case", "metric", "ours", "peer", "against", "ratio", "bar", "holds", "run")
-        yield from _table(head, (_row(run, case) for run in runs for case in run.cases))
+        yield from markdown.table(head, (_row(run, case) for run in runs for case in run.cases))
         yield ""
         for run in runs:
             yield f"- `{run.file}`: {_told(run)}"
@@ -199,13 +199,6 @@ def _over_bar(case: Mapping[str, Any]) -> float:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.4g}"
-
-
-def _table(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -9,11 +9,11 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import NAMES
+from benchmarks import NAMES, markdown
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "evidence"
 FILE = FOLDER / "plans_overview.md"
@@ -247,14 +247,14 @@ def lines(folder: Path = FOLDER) -> Iterator[str]:
     """The page, line by line: a table of systems, then one a system."""
     found = {source: planned(source, folder) for source in SOURCES}
     head = ("system", "what", "configurations", "of them fit", "one of them again")
-    yield from _table(head, (_summary(source, rows) for source, rows in found.items()))
+    yield from markdown.table(head, (_summary(source, rows) for source, rows in found.items()))
     for source, rows in found.items():
         if rows:
             yield from ("", f"### {NAMES[source.system]}: what fits", "")
             yield f"{source.model} (`python -m benchmarks.evidence {source.file}`)."
             yield ""
             head = ("configuration", "GPU", "devices", "GB a device", "fits", "where the bytes go")
-            yield from _table(head, map(_cells, rows))
+            yield from markdown.table(head, map(_cells, rows))
 
 
 def write(file: Path = FILE) -> None:
@@ -294,13 +294,6 @@ def _parts(row: Mapping[str, Any], *names: str) -> dict[str, float]:
 
 def _product(shape: str) -> int:
     return math.prod(int(size) for size in re.findall(r"\d+", shape))
-
-
-def _table(head: Sequence[str], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 def main(args: Sequence[str] | None = None) -> None:

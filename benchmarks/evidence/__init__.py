@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
 from jaxlab import core, doctor
 
 HERE = Path(__file__).resolve().parent
@@ -116,8 +117,8 @@ def render(content: dict[str, Any]) -> str:
     lines = []
     for title, items in tables.items():
         columns = list(dict.fromkeys(column for item in items for column in item["row"]))
-        lines += [f"**{title}**", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(_cell(item["row"].get(column)) for column in columns) + " |" for item in items]
+        rows = ([_cell(item["row"].get(column)) for column in columns] for item in items)
+        lines += [f"**{title}**", "", *markdown.table(columns, rows)]
         versions = ", ".join(f"{name} {version}" for name, version in items[0]["versions"].items())
         latest = max(item["date"] for item in items)[:10]
         lines += ["", f"Made by `{content['command']}` on {latest} with {versions}.", ""]
