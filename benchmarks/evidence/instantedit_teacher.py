@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,21 +18,9 @@ def items() -> Iterator[Item]:
     from jaxlab.instantedit.small_editor import SmallEditorConfig
 
     settings = {"pairs": instantedit.PAIRS, **core.to_dict(SmallEditorConfig())}
-    for steps in STEPS:
-        yield Item(
-            name=f"teacher, {steps} steps",
-            table=instantedit.TITLE,
-            settings=settings,
-            run=functools.partial(_teacher, steps),
-            seeds=(0,),
-        )
-        yield Item(
-            name=f"InstantEdit - teacher, {steps} steps",
-            table=instantedit.WORTH,
-            settings=settings,
-            run=functools.partial(_difference, steps),
-            seeds=(0,),
-        )
+    tables = (("teacher", instantedit.TITLE, _teacher), ("InstantEdit - teacher", instantedit.WORTH, _difference))
+    for steps, (name, table, row) in itertools.product(STEPS, tables):
+        yield Item(f"{name}, {steps} steps", table, settings, functools.partial(row, steps), seeds=(0,))
 
 
 def _teacher(steps: int) -> dict[str, Any]:
