@@ -95,8 +95,7 @@ def _way_row(way: str) -> dict[str, Any]:
     import httpx
 
     from jaxlab.inference import EngineConfig
-    from jaxlab.voltanallm import Limits, create_app, served
-    from jaxlab.voltanallm.launching import Clocks, ServeConfig, launch
+    from jaxlab.voltanallm import Clocks, ServeConfig, launch, served
     from jaxlab.voltanallm.load import replay
 
     controller, policy, pinned = WAYS[way]
@@ -107,16 +106,7 @@ def _way_row(way: str) -> dict[str, Any]:
     settings = ServeConfig(SOURCE, EngineConfig(**SIZES), **WORKERS, policy=policy, warm=False, clocks=clocks)
     with contextlib.ExitStack() as stack:
         launched = stack.enter_context(launch(settings))
-        app = create_app(
-            launched.engine,
-            model_name=NAME,
-            tokenizer=launched.engine.tokenizer,
-            gpu=launched.gpus,
-            controller=launched.controllers,
-            limits=Limits(),
-            warm=False,
-        )
-        url = stack.enter_context(served(app))
+        url = stack.enter_context(served(launched.app(NAME, warm=False)))
         if pinned is not None:
             order = {"mode": "set", "freq_mhz": pinned}
             httpx.post(f"{url}/control/freq", json=order, trust_env=False).raise_for_status()
@@ -242,8 +232,7 @@ def _soak_row() -> dict[str, Any]:
 
     from benchmarks.voltanallm_engine import SIZES as MODEL
     from jaxlab.inference import EngineConfig
-    from jaxlab.voltanallm import Limits, create_app, served
-    from jaxlab.voltanallm.launching import ServeConfig, launch
+    from jaxlab.voltanallm import Limits, ServeConfig, launch, served
 
     busy = os.getloadavg()[0]
     sizes = EngineConfig(**SOAK_SIZES)
@@ -251,7 +240,7 @@ def _soak_row() -> dict[str, Any]:
         _save_model(folder)
         launched = stack.enter_context(launch(ServeConfig(folder, sizes, **WORKERS)))
         engine = launched.engine
-        app = create_app(engine, model_name=NAME, limits=Limits(requests=SOAK_LIMIT), warm=False)
+        app = launched.app(NAME, limits=Limits(requests=SOAK_LIMIT), warm=False)
         url, loop = stack.enter_context(served(app)), app.state.engine_loop
 
         def at_rest() -> bool:

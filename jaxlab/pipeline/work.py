@@ -14,7 +14,7 @@ from jaxlab.eaglet import Planner, ServedExecutor, evaluate
 from jaxlab.inference import Engine, EngineConfig
 from jaxlab.pipeline.config import PipelineConfig, ServerConfig
 from jaxlab.pipeline.quest import WORDS, Quest, prompt
-from jaxlab.voltanallm import Clocks, LatencyTable, ServeConfig, create_app, launch, profile, served
+from jaxlab.voltanallm import Clocks, LatencyTable, ServeConfig, launch, profile, served
 
 NAME = "agent"
 _LOOK_S = 0.25  # between two looks at the energy counters
@@ -128,17 +128,8 @@ def _serving(
             margin=0.0,
         ),
     )
-    with launch(settings) as launched:
-        app = create_app(
-            launched.engine,
-            model_name=NAME,
-            tokenizer=launched.engine.tokenizer,
-            gpu=launched.gpus,
-            controller=launched.controllers,
-            warm=False,
-        )
-        with served(app) as url:
-            yield url, launched.gpus
+    with launch(settings) as launched, served(launched.app(NAME, warm=False)) as url:
+        yield url, launched.gpus
 
 
 def _joules(gpus: dict[str, Any]) -> dict[str, float]:

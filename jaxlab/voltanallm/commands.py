@@ -60,9 +60,8 @@ def serve(
 
     With prefill workers each worker is a process of its own.
     """
-    from jaxlab.voltanallm import create_app
+    from jaxlab.voltanallm import Clocks, ServeConfig, launch
     from jaxlab.voltanallm import serve as run
-    from jaxlab.voltanallm.launching import Clocks, ServeConfig, launch
 
     check_choice("--gpu", gpu, _BACKENDS)
     with usage():
@@ -77,16 +76,7 @@ def serve(
             clocks=Clocks(gpu, _clocks(freqs), controller, tables, prefill_slo_ms, decode_slo_ms, margin),
         )
     with launch(settings) as launched:
-        app_ = create_app(
-            launched.engine,
-            model_name=name or Path(source).name,
-            tokenizer=launched.engine.tokenizer,
-            api_key=api_key,
-            gpu=launched.gpus,
-            controller=launched.controllers,
-            warm=warm and prefill == 0,
-        )
-        run(app_, host, port)
+        run(launched.app(name or Path(source).name, api_key=api_key, warm=warm and prefill == 0), host, port)
 
 
 @app.command()

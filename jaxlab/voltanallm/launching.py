@@ -12,6 +12,7 @@ from jaxlab.voltanallm.gpu import SimulatedGPU
 from jaxlab.voltanallm.power import PowerModel
 from jaxlab.voltanallm.predictor import LatencyTable
 from jaxlab.voltanallm.router import RequestInfo, Router
+from jaxlab.voltanallm.server import create_app
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,25 @@ class Launched:
     engine: Any
     gpus: Any
     controllers: Any
+
+    def app(self, model_name: str, **options: Any) -> Any:
+        """A server of it all, to be given to `serve` or `served`.
+
+        Args:
+          model_name: what the model is called.
+          **options: `api_key`, `limits` and `warm` of `create_app`.
+
+        Raises:
+          MissingExtra: fastapi or prometheus_client is not installed.
+        """
+        return create_app(
+            self.engine,
+            model_name=model_name,
+            tokenizer=self.engine.tokenizer,
+            gpu=self.gpus,
+            controller=self.controllers,
+            **options,
+        )
 
 
 def open_gpu(backend: str, freqs: tuple[int, ...] = (), index: int = 0) -> Any:

@@ -21,8 +21,7 @@ from jaxlab.eaglet.envs.grid_quest import GridQuestEnv
 from jaxlab.inference import Engine, EngineConfig, SamplingParams
 from jaxlab.models.decoder import Decoder, MoESpec, init_params
 from jaxlab.puzzlemoe import PackedExperts, PuzzleConfig, collect_expert_stats, compress_moe, save_packed
-from jaxlab.voltanallm import Limits, create_app, served
-from jaxlab.voltanallm.launching import Clocks, ServeConfig, launch
+from jaxlab.voltanallm import Clocks, Limits, ServeConfig, launch, served
 from tests.inference.multiprocess_cases import CONFIG
 from tests.voltanallm.servers import MODEL, ask, chat_tokenizer, until
 from tests.voltanallm.tables import decode_table, prefill_table
@@ -73,10 +72,7 @@ def served_workers(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # for workers that are started again
         with launch(settings) as launched:
-            app = create_app(
-                launched.engine, model_name=MODEL, tokenizer=launched.engine.tokenizer, gpu=launched.gpus,
-                controller=launched.controllers, limits=Limits(requests=LIMIT), warm=False,
-            )  # fmt: skip
+            app = launched.app(MODEL, limits=Limits(requests=LIMIT), warm=False)
             with served(app) as url:
                 yield launched.engine, app.state.engine_loop, url
     assert not workers()

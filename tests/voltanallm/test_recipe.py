@@ -12,7 +12,7 @@ from jaxlab.cli import app
 from jaxlab.inference import EngineConfig, SamplingParams
 from jaxlab.models import save_pretrained
 from jaxlab.models.decoder import Decoder, init_params
-from jaxlab.voltanallm import Clocks, ServeConfig, create_app, launch, recipe, served
+from jaxlab.voltanallm import Clocks, ServeConfig, launch, recipe, served
 from jaxlab.voltanallm.launching import open_gpu
 from tests.inference.multiprocess_cases import CONFIG
 from tests.voltanallm import servers
@@ -83,17 +83,14 @@ def test_profile_serve_bench_and_report(folder, tmp_path):
     }
     clocks = Clocks("simulated", (1005, 1410), "ecofreq", tables, 1000.0, 1000.0)
     sizes = EngineConfig(64, page_size=8, max_running=2, prefill_chunk=32, kv_dtype="float32")
-    with launch(ServeConfig(str(folder / "model"), sizes, clocks=clocks)) as launched:
-        api = create_app(
-            launched.engine, model_name="toy", gpu=launched.gpus, controller=launched.controllers, warm=False
-        )
-        with served(api) as url:
-            args = ("--rate", 5, "--seconds", 0.4, "--max-tokens", 12, "--vocab-size", 64, "--model", "toy")
-            told = run("voltanallm", "bench", f"{url}/v1", "--folder", tmp_path / "out", *args)
-            assert "failed 0" in told
-            (worker,) = httpx.get(f"{url}/control/freq", trust_env=False).json()["workers"]
-            assert (worker["mode"], worker["freq_mhz"]) == ("auto", 1005)
-            run("voltanallm", "bench", f"{url}/v1", "--folder", tmp_path / "bad", *args[:-1], "other", code=1)
+    settings = ServeConfig(str(folder / "model"), sizes, clocks=clocks)
+    with launch(settings) as launched, served(launched.app("toy", warm=False)) as url:
+        args = ("--rate", 5, "--seconds", 0.4, "--max-tokens", 12, "--vocab-size", 64, "--model", "toy")
+        told = run("voltanallm", "bench", f"{url}/v1", "--folder", tmp_path / "out", *args)
+        assert "failed 0" in told
+        (worker,) = httpx.get(f"{url}/control/freq", trust_env=False).json()["workers"]
+        assert (worker["mode"], worker["freq_mhz"]) == ("auto", 1005)
+        run("voltanallm", "bench", f"{url}/v1", "--folder", tmp_path / "bad", *args[:-1], "other", code=1)
     told = run("voltanallm", "report", tmp_path / "out", "--picture", tmp_path / "latencies.png")
     assert "time to first piece, p95" in told
     assert (tmp_path / "latencies.png").stat().st_size
@@ -117,9 +114,8 @@ def test_worker_processes_serve_under_controllers(folder):
     settings = ServeConfig(str(folder / "model"), sizes, num_prefill=1, num_decode=1, clocks=clocks, warm=False)
     with launch(settings) as launched:
         assert set(launched.gpus) == set(launched.controllers) == {"prefill-0", "decode-0"}
-        options = {"gpu": launched.gpus, "controller": launched.controllers}
         with (
-            served(create_app(launched.engine, model_name=servers.MODEL, warm=False, **options)) as url,
+            served(launched.app(servers.MODEL, warm=False)) as url,
             httpx.Client(base_url=url, timeout=60.0, trust_env=False) as client,
         ):
             answer = servers.ask(client, [1, 2, 3], max_tokens=5).json()
