@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import os
 import struct
 import zlib
@@ -27,14 +28,10 @@ def pixels(image: Any) -> np.ndarray:
     """
     if isinstance(image, bytes | str | os.PathLike):
         pillow = require("PIL.Image", "images")
-        import io
-
         source = io.BytesIO(image) if isinstance(image, bytes) else in_memory(image)
         try:
             with pillow.open(source) as opened:
                 return np.asarray(opened.convert("RGB"))
-        except FileNotFoundError:
-            raise
         except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
             raise ValueError(f"image: expected a file that Pillow reads: {error}") from error
     array = np.asarray(image)
