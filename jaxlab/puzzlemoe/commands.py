@@ -161,11 +161,11 @@ def _tokens(file: Path, model_dir: Path, sequences: int, length: int) -> Any:
     """Int32 `[B,T]` of a `.npy` file, or of a text in the model's tokens; a short text is one short sequence."""
     import numpy as np
 
+    from jaxlab.core.untrusted import array_of
+
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     if file.suffix == ".npy":
-        from jaxlab.core.untrusted import array_of
-
         return array_of(file.read_bytes(), str(file))
     from jaxlab.models import load_tokenizer
 
