@@ -124,7 +124,10 @@ def splats():
     from jaxlab.flexgaussian import GaussianScene
 
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     return GaussianScene(
         means=draw(64, 3),
         log_scales=draw(64, 3) - 3,
