@@ -53,9 +53,14 @@ def blend_mask(
       All False where no word has weight.
 
     Raises:
-      ValueError: T is no whole fraction of the size, or a negative threshold on the host.
+      ValueError: probs or weights of another shape, T is no whole fraction of the size, or a negative threshold on the
+        host.
     """
-    if isinstance(threshold, int | float) and not threshold >= 0:
+    if np.ndim(probs) != 3:
+        raise ValueError(f"probs: expected [L, T, S], got {np.shape(probs)}")
+    if np.shape(word_weights) != probs.shape[2:]:
+        raise ValueError(f"word_weights: expected one for each of {probs.shape[2]} words, got {np.shape(word_weights)}")
+    if isinstance(threshold, int | float | np.floating) and not threshold >= 0:
         raise ValueError(f"threshold: expected a number of at least 0, got {threshold}")
     factor = map_factor(probs.shape[1], size)
     place = jnp.arange(probs.shape[2])

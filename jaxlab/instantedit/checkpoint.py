@@ -12,7 +12,14 @@ from jaxlab.instantedit.tokens import PromptTokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 _PREDICTIONS = ("epsilon", "diff_eps", "ddim_eps", None)  # of noise, in one of its senses
-_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
 
 
 def load_network(

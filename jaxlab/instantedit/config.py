@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from jaxlab.instantedit.scheduler import InverseMode
+from jaxlab.instantedit.scheduler import InverseMode, check_num_steps
 
 Compat = Literal["clean", "official"]
 
@@ -65,23 +65,24 @@ class EditConfig:
 
     def __post_init__(self):
         for name in ("cfg", "dpg"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
+            if not _is_finite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)!r}")
         for name in ("mask_threshold", "control_scale"):
             check_not_negative(name, getattr(self, name))
         check_choice("compat", self.compat, Compat)
 
 
-def check_num_steps(num_steps: int) -> None:
-    """Raises ValueError unless there is a step."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-
-
 def check_not_negative(name: str, value: float) -> None:
     """Raises ValueError unless a number is finite and not negative."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+    if not (_is_finite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:  # no number
+        return False
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

@@ -29,6 +29,7 @@ def canny(
     Raises:
       ValueError: another dtype or number of channels, no pixels, or a negative threshold on the host.
     """
+    image = image if isinstance(image, jax.Array) else np.asarray(image)
     if image.dtype != jnp.uint8:
         raise ValueError(f"image: expected uint8, got {image.dtype}")
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:

@@ -33,7 +33,15 @@ def dpg(
 
     Returns:
       The guided prediction, float32.
+
+    Raises:
+      ValueError: predictions of different shapes, or axes that they do not have.
     """
+    for name, eps_of in (("eps_tgt", eps_tgt), ("eps_src", eps_src)):
+        _check_shape(name, eps_of, "eps_null", eps_null)
+    rank = jnp.ndim(eps_null)
+    if not all(-rank <= axis < rank for axis in axes):
+        raise ValueError(f"axes: expected axes of {rank} dimensions, got {tuple(axes)}")
     eps_null, eps_tgt, eps_src = (jnp.asarray(x, jnp.float32) for x in (eps_null, eps_tgt, eps_src))
     d_src, d_tgt = eps_src - eps_null, eps_tgt - eps_null
     axes = tuple(axes)
@@ -57,5 +65,15 @@ def ili(
       z_inv: latents of the inversion at the next time.
       z_step: the target branch after its step.
       zs_step: the source branch after its step.
+
+    Raises:
+      ValueError: other shapes than that of z_inv.
     """
+    for name, z in (("z_step", z_step), ("zs_step", zs_step)):
+        _check_shape(name, z, "z_inv", z_inv)
     return jnp.asarray(z_inv) + (jnp.asarray(z_step) - jnp.asarray(zs_step))
+
+
+def _check_shape(name: str, x: ArrayLike, other_name: str, other: ArrayLike) -> None:
+    if jnp.shape(x) != jnp.shape(other):
+        raise ValueError(f"{name}: expected the shape of {other_name}, {jnp.shape(other)}, got {jnp.shape(x)}")

@@ -35,7 +35,8 @@ def prepare_image(
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or 0 in pixels.shape:
-        raise ValueError(f"image: expected [H, W] or [H, W, 1, 3 or 4], got {np.shape(image)}")
+        came = pixels.shape if np.shape(image) else type(image).__name__
+        raise ValueError(f"image: expected a PIL image, or an array [H, W] or [H, W, 1, 3 or 4], got {came}")
     if pixels.dtype != np.uint8 or pixels.shape[-1] == 4:
         pixels = _on_white(_to_unit(pixels))
     if size is not None:

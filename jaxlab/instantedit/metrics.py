@@ -33,6 +33,7 @@ Image = Float[Array | np.ndarray, "h w 3"]
 Mask = Bool[Array | np.ndarray, "h w"]
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LEAST_SIDE = 6  # of which the window of SSIM has enough to mirror
 _ROUNDING = 1e-3  # by which pixels may leave [0, 1]
 
 
@@ -87,7 +88,10 @@ def ssim(image: Image, reference: Image, *, mask: Mask | None = None) -> float:
     Raises:
       ValueError: also where a side has less than 6 pixels.
     """
-    return float(image_metrics.ssim(*_checked(image, reference, mask), mask=mask, border="reflect"))
+    image, reference = _checked(image, reference, mask)
+    if min(image.shape[:2]) < _LEAST_SIDE:
+        raise ValueError(f"image: SSIM needs at least {_LEAST_SIDE} pixels each way, got {image.shape[:2]}")
+    return float(image_metrics.ssim(image, reference, mask=mask, border="reflect"))
 
 
 def _checked(image: Any, reference: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -103,8 +107,9 @@ def _checked(image: Any, reference: Any, mask: Any) -> tuple[np.ndarray, np.ndar
             raise ValueError(f"{name}: expected finite values in [0, 1], got {low:.6g} to {high:.6g}")
     if pair[0].shape != pair[1].shape:
         raise ValueError(f"reference: expected the shape of image, {pair[0].shape}, got {pair[1].shape}")
-    if mask is not None and (mask.shape != pair[0].shape[:2] or mask.dtype != bool):
-        raise ValueError(f"mask: expected bool {pair[0].shape[:2]}, got {mask.dtype} {mask.shape}")
+    shape, kind = np.shape(mask), str(getattr(mask, "dtype", type(mask).__name__))
+    if mask is not None and (shape != pair[0].shape[:2] or kind != "bool"):
+        raise ValueError(f"mask: expected bool {pair[0].shape[:2]}, got {kind} {shape}")
     return pair
 
 

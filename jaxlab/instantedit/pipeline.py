@@ -11,6 +11,7 @@ traced: another prompt or scale compiles nothing.
 
 import contextlib
 import dataclasses
+import numbers
 import time
 import warnings
 import weakref
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxlab.instantedit.align import word_weights
+from jaxlab.instantedit.align import find_tokens, word_weights
 from jaxlab.instantedit.config import Compat, EditConfig, InversionConfig
 from jaxlab.instantedit.edges import canny
 from jaxlab.instantedit.edit import Edited, Knobs, Prompts, Source, decode_program, edit_program, source_program
@@ -139,6 +140,8 @@ class InstantEditPipeline:
           ValueError: an image or edges that do not fit, a number out of range, or an unknown mode.
         """
         config = InversionConfig(num_steps=num_steps, control_scale=control_scale, mode=mode)
+        if seed is not None and not isinstance(seed, numbers.Integral):
+            raise ValueError(f"seed: expected a whole number or None, got {seed!r}")
         pixels = prepare_image(image, multiple=_factor(self.network))
         if edges is None:
             edges = canny(to_uint8(pixels), config.canny_low, config.canny_high)
@@ -171,7 +174,9 @@ class InstantEditPipeline:
             raise ValueError(f"z0: expected [h, w, C], got {z0.shape}")
         if not bool(jnp.isfinite(z0).all()):
             raise ValueError("z0: some values are not finite")
-        times = max(np.shape(edges)[0] // z0.shape[0], 1) if np.ndim(edges) else 1
+        times = _factor(self.network)
+        if self.network.vae is None and np.ndim(edges):
+            times = max(np.shape(edges)[0] // z0.shape[0], 1)
         _check_edges(edges, (z0.shape[0] * times, z0.shape[1] * times))
         return self._inverted(z0, edges, config)
 
@@ -200,7 +205,8 @@ class InstantEditPipeline:
             same source prompt and control scale takes over what those two decide: 10 samples of 15 at N = 4.
           source_prompt: what the image shows; empty: with a warning, then nothing of it guides.
           target_prompt: what it shall show.
-          blend_word: words of the target that the edit is about; the mask is where they look. None: no mask.
+          blend_word: words of the target that the edit is about; the mask is where they look. A word of the source
+            stands for what replaces it; one that is in neither is left out, with a warning. None: no mask.
           num_steps: N; None: that of the inversion, 4 for an image.
           cfg: weight of ordinary guidance.
           dpg: weight of disentangled guidance.
@@ -271,14 +277,20 @@ class InstantEditPipeline:
         return_trace: bool = False,
     ) -> list[EditResult]:
         EditConfig(cfg=cfg, dpg=dpg, mask_threshold=mask_threshold, control_scale=control_scale, compat=compat)
+        if isinstance(target_prompts, str):
+            raise ValueError(f"target_prompts: expected a list of prompts, got {target_prompts!r}")
         targets = list(target_prompts)
         blends: list[str | None] = [None] * len(targets) if blend_words is None else list(blend_words)
         if not targets:
             raise ValueError("target_prompts: expected at least one, got none")
         if len(blends) != len(targets):
             raise ValueError(f"blend_words: expected one for each of {len(targets)} target prompts, got {len(blends)}")
-        if not all(prompt.strip() for prompt in targets):
+        if not all(isinstance(prompt, str) and prompt.strip() for prompt in targets):
             raise ValueError(f"target_prompt: expected text, got {targets}")
+        if not isinstance(source_prompt, str):
+            raise ValueError(f"source_prompt: expected text, got {source_prompt!r}")
+        if not all(blend is None or isinstance(blend, str) for blend in blends):
+            raise ValueError(f"blend_word: expected text or None, got {blends}")
         if not source_prompt.strip():
             warnings.warn("source_prompt: it is empty, so nothing of it guides the edit", stacklevel=2)
         timings: dict[str, float] = {}
@@ -390,6 +402,14 @@ class InstantEditPipeline:
                 raise ValueError(
                     f"blend_word: {blend!r} is not in the target prompt, whose tokens are {', '.join(tokens)}"
                 ) from error
+            absent = [
+                token
+                for token, place in zip(words, find_tokens(ids, words))
+                if place is None and token not in source_ids
+            ]
+            if absent and weights[-1].any():
+                names = ", ".join(map(self.tokenizer.tokenizer.backend.id_to_token, absent))
+                warnings.warn(f"blend_word: {names} of {blend!r} is in neither prompt and left out", stacklevel=4)
             states.append(target)
             lengths.append(len(ids))
         made = Prompts(null, source, jnp.concatenate(states), np.stack(weights), np.array(lengths, np.int32))

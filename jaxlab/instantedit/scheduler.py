@@ -5,6 +5,7 @@ Times are integers or floats from 0 (clean) to 1000 (noise). Window k of W runs 
 
 import dataclasses
 import functools
+import numbers
 import warnings
 from typing import Literal, NamedTuple, get_args
 
@@ -76,8 +77,8 @@ class PeRFlowSchedule:
     prediction_type: PredictionType = "diff_eps"
 
     def __post_init__(self):
-        if not 1 <= self.num_windows <= TRAIN_STEPS:
-            raise ValueError(f"num_windows: expected 1 to {TRAIN_STEPS}, got {self.num_windows}")
+        if not isinstance(self.num_windows, numbers.Integral) or not 1 <= self.num_windows <= TRAIN_STEPS:
+            raise ValueError(f"num_windows: expected a whole number from 1 to {TRAIN_STEPS}, got {self.num_windows!r}")
         if self.prediction_type not in get_args(PredictionType):
             raise ValueError(
                 f"prediction_type: expected one of {get_args(PredictionType)}, got {self.prediction_type!r}"
@@ -111,10 +112,9 @@ class PeRFlowSchedule:
           `[max(num_steps, W)]` int32, on the host. The time after the last is 0.
 
         Raises:
-          ValueError: num_steps < 1.
+          ValueError: num_steps is no whole number from 1 to 1000.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+        check_num_steps(num_steps)
         if num_steps < self.num_windows:
             warnings.warn(
                 f"num_steps: {num_steps} is fewer than the {self.num_windows} windows; {self.num_windows} are taken",
@@ -154,8 +154,10 @@ class PeRFlowSchedule:
           window_at: the time whose window is meant; None: t itself.
 
         Raises:
-          ValueError: a time of the host outside [0, 1000], or a 0 whose window is meant.
+          ValueError: a time of the host outside [0, 1000], or a 0 whose window is meant; other shapes.
         """
+        if jnp.shape(model_output) != jnp.shape(z):
+            raise ValueError(f"model_output: expected the shape of z, {jnp.shape(z)}, got {jnp.shape(model_output)}")
         t = _times(t, z)
         if self.prediction_type == "velocity":
             return jnp.asarray(model_output, jnp.float32)
@@ -185,7 +187,7 @@ class PeRFlowSchedule:
           Latents at t_next, float32.
 
         Raises:
-          ValueError: a time of the host out of range.
+          ValueError: a time of the host out of range, or other shapes.
         """
         t = _times(t, z, above_zero=True)
         return jnp.asarray(z) + self.velocity(model_output, t, z) * ((_times(t_next, z) - t) / TRAIN_STEPS)
@@ -214,7 +216,7 @@ class PeRFlowSchedule:
           Latents at t and the velocity, float32.
 
         Raises:
-          ValueError: another mode, or a time of the host out of range.
+          ValueError: another mode, a time of the host out of range, or other shapes.
         """
         if mode not in get_args(InverseMode):
             raise ValueError(f"mode: expected one of {get_args(InverseMode)}, got {mode!r}")
@@ -283,6 +285,16 @@ class PeRFlowSchedule:
         ends = self._table[1].astype(np.float32)
         above = (xp.asarray(t)[..., None] - _SLACK) <= ends
         return xp.minimum(above.sum(-1), self.num_windows - 1)
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Raises ValueError unless it is a whole number of steps for which there are times."""
+    if not isinstance(num_steps, numbers.Integral) or isinstance(num_steps, bool):
+        raise ValueError(f"num_steps: expected a whole number, got {num_steps!r}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+    if num_steps > TRAIN_STEPS:
+        raise ValueError(f"num_steps: expected at most {TRAIN_STEPS}, got {num_steps}")
 
 
 def _check_times(t: ArrayLike, *, above_zero: bool = False) -> None:

@@ -294,6 +294,17 @@ def read_part(tensors: Tensors, leaf: Leaf, *index: int) -> np.ndarray:
 Region = tuple[tuple[int, int], ...]
 
 
+def check_floating(**dtypes: Any) -> None:
+    """Raises ValueError unless each is a floating dtype; the keywords are the names that it tells."""
+    for name, dtype in dtypes.items():
+        try:
+            known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        except TypeError:
+            known = False
+        if not known:
+            raise ValueError(f"{name}: expected a floating dtype such as float32 or bfloat16, got {dtype!r}")
+
+
 def fill(tensors: Tensors, leaf: Leaf, dtype: Any, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
     """Reads a leaf into its place.
 

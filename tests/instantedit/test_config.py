@@ -12,6 +12,10 @@ def test_defaults_are_the_codes():
     ("make", "told"),
     [
         (lambda: InversionConfig(num_steps=0), "num_steps.*0"),
+        (lambda: InversionConfig(num_steps=2.5), "num_steps: expected a whole number, got 2.5"),
+        (lambda: InversionConfig(num_steps=True), "num_steps: expected a whole number, got True"),
+        (lambda: EditConfig(cfg="strong"), "cfg: expected a finite number, got 'strong'"),
+        (lambda: EditConfig(mask_threshold=None), "mask_threshold: expected a number of at least 0, got None"),
         (lambda: InversionConfig(mode="newest"), "mode.*newest"),
         (lambda: InversionConfig(control_scale=-1), "control_scale.*-1"),
         (lambda: InversionConfig(canny_low=-1), "canny_low.*-1"),

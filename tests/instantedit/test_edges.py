@@ -59,6 +59,7 @@ def test_one_pixel_and_inside_jit():
         (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
         (np.zeros((4, 4, 1), np.uint8), r"\(4, 4, 1\)"),
         (np.zeros((0, 4), np.uint8), r"\(0, 4\)"),
+        ([[0.0, 1.0]], "uint8, got float64"),
     ],
 )
 def test_bad_input(unchecked, image, told):

@@ -51,3 +51,16 @@ def test_ili_takes_the_difference_first():
     far = np.float32(1e6) + np.zeros_like(Z)
     np.testing.assert_array_equal(ili(Z, far, far), Z)
     np.testing.assert_allclose(ili(Z, ET, ES), Z + (ET - ES), rtol=1e-6)
+
+
+def test_bad_input(unchecked):
+    with pytest.raises(
+        ValueError, match=r"eps_src: expected the shape of eps_null, \(2, 5, 6, 4\), got \(2, 5, 6, 1\)"
+    ):
+        dpg(E0, ET, ES[..., :1])
+    with pytest.raises(ValueError, match="eps_tgt: expected the shape"):
+        dpg(E0, ET[:1], ES)
+    with pytest.raises(ValueError, match=r"axes: expected axes of 4 dimensions, got \(7,\)"):
+        dpg(E0, ET, ES, axes=(7,))
+    with pytest.raises(ValueError, match=r"zs_step: expected the shape of z_inv, .* got \(2, 5, 6, 3\)"):
+        ili(ZI, Z, Z[..., :3])

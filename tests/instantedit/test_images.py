@@ -98,7 +98,8 @@ def _with(value):
         (_with(np.inf), "not finite"),
         (_with(255.0), r"\[0, 1\], got .* to 255"),
         (_with(-0.5), "got -0.5"),
-        ("a path", "image"),
+        ("a path", "image: expected a PIL image, or an array .* got str"),
+        (None, "got NoneType"),
     ],
 )
 def test_bad_images(unchecked, image, told):

@@ -50,6 +50,13 @@ def test_bad_masks(unchecked):
         blend_mask(PROBS, WEIGHTS, 6, 0.5, size=(9, 9))
     with pytest.raises(ValueError, match=r"threshold.*-0\.1"):
         blend_mask(PROBS, WEIGHTS, 6, 0.5, threshold=-0.1, size=SIZE)
+    with pytest.raises(ValueError, match=r"threshold.*-1"):
+        blend_mask(PROBS, WEIGHTS, 6, 0.5, threshold=np.float32(-1), size=SIZE)
+    for weights in (WEIGHTS[:1], WEIGHTS[:6]):
+        with pytest.raises(ValueError, match="word_weights: expected one for each of 7 words"):
+            blend_mask(PROBS, weights, 6, 0.5, size=SIZE)
+    with pytest.raises(ValueError, match=r"probs: expected \[L, T, S\], got \(6, 7\)"):
+        blend_mask(PROBS[0], WEIGHTS, 6, 0.5, size=SIZE)
 
 
 def test_runs():

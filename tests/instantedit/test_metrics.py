@@ -44,6 +44,12 @@ def test_pixels_are_the_formulas():
     assert all(type(value) is float for value in (metrics.psnr(a, b), metrics.mse(a, b), metrics.ssim(a, b)))
 
 
+def test_ssim_needs_some_pixels():
+    a, b = _pair()
+    with pytest.raises(ValueError, match=r"image: SSIM needs at least 6 pixels each way, got \(5, "):
+        metrics.ssim(a[:5], b[:5])
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("metric", [metrics.psnr, metrics.mse, metrics.ssim])
 def test_bad_pixels(metric):
@@ -58,6 +64,7 @@ def test_bad_pixels(metric):
         (a, b[1:], None, "reference: expected the shape of image"),
         (a, b, _mask(30), "mask: expected bool"),
         (a, b, _mask().astype(int), "mask: expected bool"),
+        (a, b, _mask().tolist(), "mask: expected bool .*, got list"),
     ):
         with pytest.raises(ValueError, match=said):
             metric(image, reference, mask=mask)

@@ -45,6 +45,8 @@ def test_the_controlnet_may_lie_elsewhere(folder, tmp_path):
     [
         ({"prediction_type": "v_prediction"}, "prediction_type: expected one of .*, got 'v_prediction'"),
         ({"prediction_type": "something"}, "prediction_type: expected one of .*, got 'something'"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: expected False, got True"),
+        ({"trained_betas": [0.1]}, r"trained_betas: expected None, got \[0.1\]"),
         ({"beta_schedule": "linear"}, "beta_schedule: expected scaled_linear, got linear"),
     ],
 )

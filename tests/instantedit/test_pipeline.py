@@ -156,6 +156,15 @@ def test_bad_input(pipeline, inversion, unchecked):
     refused("compat: expected one of", edit, inversion, SOURCE, TARGET, compat="fast")
     absent = "blend_word: 'hat' is not in the target prompt, whose tokens are a, photo, of, a, red, dog"
     refused(absent, edit, inversion, SOURCE, TARGET, blend_word="hat")
+    refused("target_prompt: expected text, got .None", edit, inversion, SOURCE, None)
+    refused("source_prompt: expected text, got None", edit, inversion, None, TARGET)
+    refused("blend_word: expected text or None, got .3", edit, inversion, SOURCE, TARGET, blend_word=3)
+    refused("target_prompts: expected a list of prompts, got 'a dog'", pipeline.edit_many, inversion, SOURCE, "a dog")
+    refused("seed: expected a whole number or None, got 'a'", invert, PIXELS, seed="a")
+    wide = np.ones((128, 192), bool)
+    refused(r"edges: expected bool \[64, 96\]", pipeline.invert_latents, np.ones((8, 12, 4)), wide)
+    with pytest.warns(UserWarning, match="blend_word: hat of 'hat dog' is in neither prompt and left out"):
+        assert np.flatnonzero(edit(inversion, SOURCE, TARGET, blend_word="hat dog").alpha_e).tolist() == [6]
     with pytest.warns(UserWarning, match="no mask is made"):
         assert not edit(inversion, SOURCE, TARGET, blend_word="hat", compat="official").masks.any()
     with pytest.warns(UserWarning, match="source_prompt: it is empty"):

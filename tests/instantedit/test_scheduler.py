@@ -126,7 +126,16 @@ def test_traced_times_are_one_program_and_may_differ_by_sample():
     [
         (lambda: PeRFlowSchedule(0), "num_windows.*got 0"),
         (lambda: PeRFlowSchedule(prediction_type="v_prediction"), "v_prediction"),
+        (lambda: PeRFlowSchedule(2.5), "num_windows.*got 2.5"),
         (lambda: PeRFlowSchedule().timesteps(0), "num_steps.*got 0"),
+        (lambda: PeRFlowSchedule().timesteps(1001), "num_steps: expected at most 1000, got 1001"),
+        (lambda: PeRFlowSchedule().timesteps(4.0), "num_steps: expected a whole number, got 4.0"),
+        (lambda: PeRFlowSchedule().timesteps("4"), "num_steps: expected a whole number, got '4'"),
+        (
+            lambda: PeRFlowSchedule().step(E[..., :1], 250, 0, Z),
+            r"model_output: expected the shape of z, \(3, 4, 4, 2\)",
+        ),
+        (lambda: PeRFlowSchedule().inverse_step(E[1:], 250, 0, Z), "model_output: expected the shape of z"),
         (lambda: PeRFlowSchedule().window(0), r"\(0, 1000\], got 0"),
         (lambda: PeRFlowSchedule().window(1000.5), "1000.5"),
         (lambda: PeRFlowSchedule().window(float("nan")), "nan"),

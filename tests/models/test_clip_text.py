@@ -76,6 +76,12 @@ def test_bad_folders(unchecked, tmp_path):
     module, params = load()
     with pytest.raises(ValueError, match="at most 77 tokens, got 78"):
         module.apply({"params": params}, np.zeros((1, 78), np.int32))
+    with pytest.raises(ValueError, match=r"ids: expected integers of shape \[B,S\], got int32 \(77,\)"):
+        module.apply({"params": params}, np.zeros(77, np.int32))
+    with pytest.raises(ValueError, match=r"ids: expected integers .* got float32"):
+        module.apply({"params": params}, np.zeros((1, 77), np.float32))
+    with pytest.raises(ValueError, match=r"dtype: expected a floating dtype .* got 'int8'"):
+        load_text_encoder(tmp_path, dtype="int8")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         load_text_encoder(tmp_path)

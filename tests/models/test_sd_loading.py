@@ -128,6 +128,12 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path):
         load(tmp_path / "absent")
 
 
+def test_dtypes_that_are_none(folder):
+    for dtypes, name in (({"dtype": "int8"}, "dtype"), ({"param_dtype": "float33"}, "param_dtype")):
+        with pytest.raises(ValueError, match=f"^{name}: expected a floating dtype"):
+            loader(folder)(folder, **dtypes)
+
+
 def test_folder_of_another_network(folder):
     if folder.name == "sd-vae":
         with pytest.raises(ValueError, match="_class_name: expected 'ControlNetModel', got 'AutoencoderKL'"):

@@ -129,9 +129,11 @@ class CLIPTextEncoder(nn.Module):
           ids: padded prompts.
 
         Raises:
-          ValueError: more tokens than positions.
+          ValueError: another rank or dtype, or more tokens than positions.
         """
         config = self.config
+        if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"ids: expected integers of shape [B,S], got {ids.dtype} {ids.shape}")
         if ids.shape[1] > config.max_position_embeddings:
             raise ValueError(f"ids: expected at most {config.max_position_embeddings} tokens, got {ids.shape[1]}")
         init = nn.initializers.normal(0.02)
@@ -173,8 +175,10 @@ def load_text_encoder(
     Raises:
       FileNotFoundError: no configuration or weights.
       KeyError: missing or unexpected weights, the first ten of either.
-      ValueError: mis-shaped weights, the first ten, a damaged file, or another kind of model.
+      ValueError: mis-shaped weights, the first ten, a damaged file, another kind of model, or a dtype that is not
+        floating.
     """
+    load.check_floating(dtype=dtype)
     config = CLIPTextConfig.from_dict(Path(directory))
     with load.open_tensors(directory) as tensors:
         prefix = _PREFIX if f"{_PREFIX}final_layer_norm.weight" in tensors else ""

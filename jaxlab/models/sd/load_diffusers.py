@@ -130,7 +130,7 @@ def load_unet(
     Raises:
         FileNotFoundError: no configuration or weights, naming the places.
         ValueError: a configuration of another network or behaviour; mis-shaped weights, the first ten listed; a damaged
-            file.
+            file; a dtype that is not floating.
         KeyError: missing or unexpected weights, the first ten of either listed.
     """
     return _load(UNet2DCondition, UNetConfig, directory, dtype, param_dtype)
@@ -151,6 +151,7 @@ def load_vae(
 
 
 def _load(kind: Any, config: Any, directory: Any, dtype: str, param_dtype: str) -> Any:
+    load.check_floating(dtype=dtype, param_dtype=param_dtype)
     config = config.from_dict(Path(directory))
     with load.open_tensors(directory, STEM) as tensors:
         leaves = table(kind(config), tensors)
