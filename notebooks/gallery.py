@@ -10,6 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parent / "docs" / "gallery"
 PICTURES = {
+    "foundation_plan": ("00_foundation", 3),
     "xmoe_rows": ("01_xmoe", 3),
     "sfpo_update": ("05_sfpo", 0),
     "eaglet_walks": ("06_eaglet", 0),
@@ -18,6 +19,8 @@ PICTURES = {
     "instantedit_inversion": ("09_instantedit", 0),
     "instantedit_edits": ("09_instantedit", 2),
     "flexgaussian_compressed": ("10_flexgaussian", 0),
+    "pipeline_commands": ("11_pipeline", 1),
+    "pipeline_watts": ("11_pipeline", 4),
 }
 """Name -> notebook, and which of its pictures, counted from 0."""
 

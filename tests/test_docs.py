@@ -54,6 +54,23 @@ def test_verdicts_and_commands(heading, cells):
         assert words[1] in recipes.SYSTEMS
 
 
+def test_the_readme_shows_every_system_with_a_picture_and_a_command():
+    table = [line.strip("|").split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if "<img" in line]
+    assert [re.search(r"\*\*(.+)\*\*", row[1])[1] for row in table] == [*NAMES.values(), "Pipeline"]
+    titles = {
+        line[3:].lower().replace(" ", "-")
+        for line in (DOCS / "gallery.md").read_text().splitlines()
+        if line[:2] == "##"
+    }
+    verbs = [*recipes.SYSTEMS, "train", "generate"]
+    for picture, system, _, command in table:
+        (image,), (title,) = re.findall(r'src="(.+?)"', picture), re.findall(r"gallery\.md#(.+)\)", picture)
+        assert (ROOT / image).is_file()
+        assert title in titles
+        assert (ROOT / re.search(r"\((.+)\)", system)[1]).is_file()
+        assert re.match(r" ?`jaxlab (\S+)", command)[1] in verbs
+
+
 def gallery():
     spec = importlib.util.spec_from_file_location("gallery", ROOT / "notebooks" / "gallery.py")
     made = importlib.util.module_from_spec(spec)
@@ -64,7 +81,7 @@ def gallery():
 def test_the_gallery_shows_every_system_and_pictures_that_exist():
     text = (DOCS / "gallery.md").read_text()
     sections = text.split("\n## ")[1:]
-    assert [section.partition("\n")[0] for section in sections] == [*NAMES.values()][1:]
+    assert [section.partition("\n")[0] for section in sections] == [*NAMES.values(), "Pipeline"]
     for section in sections:
         assert re.search(r"!\[[^]]+\]\(", section)
         (notebook,) = re.findall(r"\((notebooks/\w+)\)", section)

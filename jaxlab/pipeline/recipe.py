@@ -71,7 +71,7 @@ def _run(config: PipelineConfig, folder: Path) -> core.Report:
                     _model_row(
                         f"{config.improve.steps} updates by rewards (SFPO)", improved.told, before, improved.seconds
                     ),
-                    _model_row("two experts in the space of one (PuzzleMoE)", packed.told, after, packed.seconds),
+                    _model_row("packed in pairs (PuzzleMoE)", packed.told, after, packed.seconds),
                     _model_row("the same pairs averaged instead", packed.told["averaged"], after, None),
                 ],
             ),
