@@ -4,6 +4,7 @@
 #   make bench       every ratio beside its bar     (SYSTEM=name, QUICK=1)
 #   make parity      logits and gradients against torch, live
 #   make notebooks   execute the notebooks          make docs          build the site (docs/_build/html)
+#   make site        the site of every tagged version, with a menu of them (docs/_build/site; BASE=/ under which it is shown)
 #   make lint        ruff, types                    make evidence      long resumable runs and docs tables (SYSTEM=name)
 #   make package     wheel and sdist into dist/, tried in empty environments of every supported Python found
 #   make fuzz        mutated files and requests at every parser and endpoint (MINUTES=10)
@@ -32,7 +33,7 @@ export MPLBACKEND ?= Agg
 python-latest:
 	@echo $(PYTHON_LATEST)
 
-.PHONY: python-latest demo test test-latest bench parity notebooks docs lint format evidence package fuzz constraints clean
+.PHONY: python-latest demo test test-latest bench parity notebooks docs site lint format evidence package fuzz constraints clean
 
 demo: $(VENV)/.ready-aot
 	$(BIN)/jaxlab tour --folder out/tour
@@ -65,6 +66,10 @@ notebooks: $(VENV)/.ready-docs
 
 docs: notebooks
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+BASE ?= /
+site: $(VENV)/.ready-docs
+	$(BIN)/python docs/site.py docs/_build/site --base $(BASE)
 
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .

@@ -43,4 +43,11 @@ html_theme = "sphinx_book_theme"
 html_title = "jaxlab"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False, "navbar_persistent": []}
+# `site.py` builds several versions, between which a menu leads; a build by itself has none.
+if switcher := os.environ.get("JAXLAB_DOCS_SWITCHER"):
+    release = os.environ["JAXLAB_DOCS_VERSION"]
+    html_theme_options |= {"switcher": {"json_url": switcher, "version_match": release}, "check_switcher": False}
+    html_sidebars = {
+        "**": ["navbar-logo.html", "version-switcher.html", "search-button-field.html", "sbt-sidebar-nav.html"]
+    }
