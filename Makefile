@@ -7,6 +7,7 @@
 #   make site        the site of every tagged version, with a menu of them (docs/_build/site; BASE=/ under which it is shown)
 #   make lint        ruff, types                    make evidence      long resumable runs and docs tables (SYSTEM=name)
 #   make package     wheel and sdist into dist/, tried in empty environments of every supported Python found
+#   make hosts       every program of several hosts with two and four processes, killed and resumed
 #   make fuzz        mutated files and requests at every parser and endpoint (MINUTES=10)
 
 SHELL := /bin/bash
@@ -33,7 +34,7 @@ export MPLBACKEND ?= Agg
 python-latest:
 	@echo $(PYTHON_LATEST)
 
-.PHONY: python-latest demo test test-latest bench parity notebooks docs site lint format evidence package fuzz constraints clean
+.PHONY: python-latest demo test test-latest bench parity notebooks docs site lint format evidence package hosts fuzz constraints clean
 
 demo: $(VENV)/.ready-aot
 	$(BIN)/jaxlab tour --folder out/tour
@@ -53,6 +54,9 @@ parity: $(VENV)/.ready-parity
 package: $(VENV)/.ready-test
 	rm -rf dist && $(BIN)/python -m hatchling build -d dist
 	$(BIN)/python -m pytest tests/test_packaging.py -m "package or not package" --timeout=1800 $(ARGS)
+
+hosts: $(VENV)/.ready-test
+	$(BIN)/python -m pytest tests/test_several_hosts.py -m "hosts or not hosts" --timeout=1800 $(ARGS)
 
 MINUTES ?= 10
 fuzz: $(VENV)/.ready-test

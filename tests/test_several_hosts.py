@@ -1,12 +1,15 @@
 """Launchers: by ssh (a shell stands in for it), and of one machine: a killed process ends all, the run goes on."""
 
+import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -15,15 +18,46 @@ from jaxlab.core import jsonl
 ROOT = Path(__file__).resolve().parents[1]
 SSH = ROOT / "examples" / "several_hosts" / "ssh.sh"
 
-CONFIG = """
-system: foundation
-model: {vocab_size: 258, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2,
-  num_key_value_heads: 1, max_position_embeddings: 64}
-batch_size: 4
-length: 16
-checkpoint_every: 2
-mesh: {data: 2, fsdp: 2}
+MODEL = """
+  vocab_size: 258
+  hidden_size: 16
+  intermediate_size: 24
+  num_hidden_layers: 1
+  num_attention_heads: 2
+  num_key_value_heads: 2
+  max_position_embeddings: 64
 """
+EXPERTS = """
+  model_type: deepseek
+  moe: {num_experts: 4, top_k: 2, ffn_size: 16}
+"""
+RUN = "batch_size: 4\nlength: 16\ncheckpoint_every: 2\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What runs on several hosts.
+
+    Attributes:
+      command: without a number of steps; {config} and {folder} stand for theirs.
+      steps: how a number of steps is told.
+      enough: so many steps that a killed run has not made yet.
+      model: of the config.
+    """
+
+    command: tuple[str, ...]
+    steps: str = "--steps={}"
+    enough: int = 12
+    model: str = MODEL
+
+
+TRAIN = ("jaxlab", "train", "{config}", "{folder}")
+PROGRAMS = {
+    "moe": Program((*TRAIN, "mesh={data: 2, expert: 2}"), "steps={}", 60, MODEL + EXPERTS),
+    "offload": Program((*TRAIN, "--offload", "superoffload", "mesh={data: 2, sequence: 2}"), "steps={}", 60),
+    "grpo": Program((sys.executable, "examples/several_hosts/grpo.py", "{folder}")),
+    "fold": Program((sys.executable, "examples/several_hosts/fold.py", "{folder}")),
+}
 
 
 @pytest.fixture
@@ -54,45 +88,87 @@ def test_a_host_that_fails_ends_the_others(over_ssh):
     assert time.monotonic() - started < 30
 
 
-def test_a_killed_process_ends_the_launch_and_the_run_goes_on(tmp_path):
-    """Two processes of two devices; the losses after the kill are those of a run that nobody touched."""
+@pytest.fixture
+def launch(tmp_path):
+    """Starts a command as so many processes, which share four devices."""
+
+    def start(command, processes):
+        how = (sys.executable, "-m", "jaxlab", "launch", "-n", str(processes), "--devices", str(4 // processes), "--")
+        return subprocess.Popen([*how, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    return start
+
+
+def numbers(folder, told):
+    """Losses by step, of the run's log or of what its first process said."""
+    if (folder / "metrics.jsonl").is_file():
+        return {row["step"]: row["loss"] for row in jsonl.read(folder / "metrics.jsonl") if "loss" in row}
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+):.* loss (-?[\d.]+)", told)}
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [
+        pytest.param(name, processes, marks=() if (name, processes) == ("moe", 2) else pytest.mark.hosts)
+        for name in PROGRAMS
+        for processes in (2, 4)
+    ],
+)
+def test_a_killed_process_ends_the_launch_and_the_run_goes_on(name, processes, launch, tmp_path):
+    """What comes after the kill is what one process with as many devices computes that nobody touched."""
+    program = PROGRAMS[name]
     (tmp_path / "text.txt").write_text("\n".join(f"line {number} of a small text" for number in range(300)))
-    (tmp_path / "config.yaml").write_text(f"{CONFIG}data: {tmp_path / 'text.txt'}\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"system: foundation\n{RUN}data: {tmp_path / 'text.txt'}\nmodel:{program.model}")
 
-    def launch(folder, steps, processes=2):
-        command = [
-            sys.executable,
-            "-m",
-            "jaxlab",
-            "launch",
-            "-n",
-            str(processes),
-            "--devices",
-            str(4 // processes),
-            "--",
-        ]
-        command += ["jaxlab", "train", str(tmp_path / "config.yaml"), str(tmp_path / folder), f"steps={steps}"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    def command(folder, steps):
+        words = [word.replace("{config}", str(config)) for word in program.command]
+        return [*(word.replace("{folder}", str(tmp_path / folder)) for word in words), program.steps.format(steps)]
 
-    def losses(folder):
-        found = {row["step"]: row["loss"] for row in jsonl.read(tmp_path / folder / "metrics.jsonl") if "loss" in row}
-        return [found[step] for step in sorted(found)]
-
-    with launch("killed", 1000) as launcher:
-        while len(list((tmp_path / "killed" / "checkpoints").glob("*"))) < 2:
+    with launch(command("killed", 1000), processes) as launcher:
+        while not list((tmp_path / "killed" / "checkpoints").glob("[0-9]*")):
             assert launcher.poll() is None, launcher.communicate()
             time.sleep(0.05)
-        second = [
-            child for child in psutil.Process(launcher.pid).children() if child.environ().get("JAX_PROCESS_ID") == "1"
-        ]
-        second[0].send_signal(signal.SIGKILL)
+        last = str(processes - 1)
+        children = psutil.Process(launcher.pid).children()
+        (victim,) = (child for child in children if child.environ().get("JAX_PROCESS_ID") == last)
+        victim.send_signal(signal.SIGKILL)
         _, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL
-    assert "process 1 of 2 was killed by signal 9; the others were ended" in err
+    assert f"process {last} of {processes} was killed by signal 9; the others were ended" in err
 
-    for folder, processes in (("killed", 2), ("whole", 1)):
-        with launch(folder, steps := 60, processes) as launcher:
-            _, err = launcher.communicate(timeout=200)
+    outcome = {}
+    for folder, of in (("killed", processes), ("whole", 1)):
+        with launch(command(folder, program.enough), of) as launcher:
+            told, err = launcher.communicate(timeout=600)
         assert launcher.returncode == 0, err[-2000:]
-    assert len(losses("killed")) >= steps
-    assert losses("killed")[:steps] == pytest.approx(losses("whole")[:steps], rel=1e-4)
+        outcome[folder] = numbers(tmp_path / folder, told)
+    assert max(outcome["killed"]) == program.enough
+    assert outcome["killed"] == pytest.approx({step: outcome["whole"][step] for step in outcome["killed"]}, rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.hosts)])
+def test_splats_are_the_same_file(processes, launch, tmp_path, tiny_splats):
+    told = {}
+    for of in (1, processes):
+        result = tmp_path / f"{of}.jxg"
+        program = (sys.executable, "examples/several_hosts/splats.py", str(tiny_splats), str(result))
+        with launch((*program, "--views=4", "--size", "48", "32", "--min-psnr=30"), of) as launcher:
+            told[of], err = launcher.communicate(timeout=200)
+        assert launcher.returncode == 0, err[-2000:]
+    assert told[processes].splitlines()[-1] == told[1].splitlines()[-1]
+    assert (tmp_path / f"{processes}.jxg").read_bytes() == (tmp_path / "1.jxg").read_bytes()
+
+
+@pytest.fixture
+def tiny_splats(tmp_path):
+    """A scene of few Gaussians."""
+    from jaxlab.flexgaussian import GaussianScene, save_scene
+
+    rng = np.random.default_rng(0)
+    means, scales, quats, opacities, grey, colours = (
+        rng.normal(size=(200, *shape)).astype(np.float32) for shape in ((3,), (3,), (4,), (), (3,), (3, 3))
+    )
+    scene = GaussianScene(means, 0.3 * scales - 2, quats, opacities, grey, 0.1 * colours)
+    save_scene(tmp_path / "scene.ply", scene)
+    return tmp_path / "scene.ply"

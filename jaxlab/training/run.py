@@ -245,10 +245,12 @@ def train(
         Loss curve, final loss, validation perplexity, throughput.
 
     Raises:
-        ValueError: The folder belongs to another config, or the tokenizer has ids beyond the vocabulary.
+        ValueError: The folder belongs to another config, the tokenizer has ids beyond the vocabulary, or the model's
+            family cannot say what the model is.
     """
     from jaxlab.models import save_pretrained
 
+    config.model.to_hf()  # what could not be saved is not trained
     folder = Path(folder)
     tokenizer, mesh = _tokenizer(config.tokenizer), mesh_of(config)
     model, loss = _network(config, mesh)

@@ -15,6 +15,7 @@ import pytest
 from jaxlab import core
 from jaxlab.core import plan as planning
 from jaxlab.models import load_pretrained
+from jaxlab.models.decoder import MoESpec
 from jaxlab.training import LossOutput, TrainState, fit, make_train_step, plan, train, trained
 from tests.training import toys
 
@@ -168,9 +169,15 @@ def test_bad_configs(change, message):
         toys.config("python-stdlib", **change)
 
 
-def test_a_vocabulary_too_small_is_told(tmp_path):
-    import dataclasses
+def test_a_model_that_could_not_be_saved_is_not_trained(tmp_path):
+    experts = dataclasses.replace(toys.MODEL, moe=MoESpec(num_experts=4, top_k=2, ffn_size=8))
+    config = toys.config(toys.corpus(tmp_path / "text"), model=experts)
+    with pytest.raises(ValueError, match="model_type 'llama' cannot express moe="):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
+
+def test_a_vocabulary_too_small_is_told(tmp_path):
     config = toys.config(toys.corpus(tmp_path / "text"), model=dataclasses.replace(toys.MODEL, vocab_size=200))
     with pytest.raises(ValueError, match="vocab_size"):
         train(config, tmp_path / "run")
