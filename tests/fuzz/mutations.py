@@ -13,17 +13,19 @@ import struct
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 MINUTES = float(os.environ.get("JAXLAB_FUZZ_MINUTES", "0"))
 CASES = 60
 """About how many share the minutes."""
-SECONDS, BYTES = 10.0, 400 << 20
-"""What one small file may take: a busy machine, and the bounds of the formats that pack their content, are in it."""
+SECONDS, BYTES = 3.0, 400 << 20
+"""What one small file may take of the processor and of memory; formats that pack their content have bounds of that."""
 
 _NUMBERS = (
     0,
@@ -199,26 +201,130 @@ def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], example
 
 def bounded(read: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Any:
     """What `read` gives, or None after an error that it may raise; fails where it takes long or much memory."""
-    outcome, taken = _measured(read, errors)
-    if taken >= SECONDS:  # the first time of an error may import what tells of it
-        outcome, taken = _measured(read, errors)
+    outcome = None
+    tracemalloc.start()
+    started = time.process_time()  # of this process, which a busy machine does not lengthen
+    try:
+        outcome = outcome_of(read, errors)
+    finally:
+        taken = time.process_time() - started
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
     assert taken < SECONDS, f"{taken:.1f} s for a small file"
+    assert peak < BYTES, f"{peak >> 20} MiB for a small file"
     return outcome
 
 
-def _measured(read: Callable[[], Any], errors: tuple[type[Exception], ...]) -> tuple[Any, float]:
-    """What it gives, and the seconds that took."""
-    outcome = None
-    tracemalloc.start()
-    started = time.monotonic()
-    try:
+def outcome_of(read: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Any:
+    """What `read` gives, or None after an error that it may raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(*errors):
+            return read()
+    return None
+
+
+REFUSED = (ValueError, NotImplementedError, FileNotFoundError)
+"""What readers say of a file that they do not take; ImportErrors of extras are told as such by a skip."""
+KEYS = (*REFUSED, KeyError)
+"""Readers of weights name a missing one so."""
+
+
+class Format(NamedTuple):
+    """A file to change: its name in its folder, the content, the reader of its path, what that may raise."""
+
+    name: str
+    content: Callable[[], Any]
+    read: Callable[[Path], Any]
+    errors: tuple[type[Exception], ...] = REFUSED
+    beside: Callable[[Path], None] = lambda folder: None
+    itself: type[Exception] | None = None
+    """What the content raises unchanged, where the files beside it belong to others."""
+
+
+def beside(name: str, content: bytes) -> Callable[[Path], None]:
+    """Writes another file first."""
+
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+def fuzz_files(
+    form: Format,
+    folder: Path,
+    strategy: st.SearchStrategy[Any],
+    made: Callable[[Any], bytes],
+    whole: bytes,
+    broken: Any,
+    also: Sequence[bytes] = (),
+) -> None:
+    """Reads the files that `made` makes of what is drawn, each within bounds.
+
+    Args:
+      form: what they are.
+      folder: where they are written.
+      strategy: what is drawn.
+      made: of a draw.
+      whole: the file unchanged.
+      broken: a draw; its file and the whole one are read first, unmeasured, for they import what reading and telling of
+        errors take.
+      also: files that are read, too.
+    """
+    path = folder / form.name
+    form.beside(folder)
+    path.write_bytes(whole)
+    if form.itself is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with contextlib.suppress(*errors):
-                outcome = read()
-    finally:
-        taken = time.monotonic() - started
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    assert peak < BYTES, f"{peak >> 20} MiB for a small file"
-    return outcome, taken
+            form.read(path)
+    else:
+        with pytest.raises(form.itself):
+            form.read(path)
+    path.write_bytes(made(broken))
+    outcome_of(lambda: form.read(path), form.errors)
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        bounded(lambda: form.read(path), form.errors)
+
+    for content in also:
+        check(content)
+    fuzz(strategy, lambda drawn: check(made(drawn)))
+
+
+CUT = [("cut", 0.5, None)]
+"""The change that leaves half of a file."""
+_NO_JSON = (b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"", b"1" * 10_000, b"[]", b"null", b"3", b'"x"', b"{}")
+
+
+def fuzz_bytes(form: Format, folder: Path, pack: Callable[[bytes], bytes] = bytes) -> None:
+    """Flipped bits, cut ends, repeated and inserted bytes, other numbers; `pack` hides them."""
+    content = form.content()
+    fuzz_files(form, folder, edits(), lambda changes: pack(changed(content, changes)), pack(content), CUT)
+
+
+def fuzz_members(form: Format, folder: Path, *, packed: bool) -> None:
+    """The same within one member of a zip archive, which the content gives by name."""
+    members = form.content()
+
+    def made(drawn: Any) -> bytes:
+        member, changes = drawn
+        return zipped(members | {member: changed(members[member], changes)}, packed=packed)
+
+    names = sorted(members)
+    draws = st.tuples(st.sampled_from(names), edits(2))
+    fuzz_files(form, folder, draws, made, zipped(members, packed=packed), (names[0], CUT))
+
+
+def fuzz_json(form: Format, folder: Path) -> None:
+    """Values of other types and sizes, deep ones, absent ones, names that lead out of the folder; files of no JSON.
+
+    A name that ends in `.jsonl` makes them one line each.
+    """
+    end = b"\n" if form.name.endswith(".jsonl") else b""
+    value = form.content()
+    whole = text_of(value) + end
+    also = [content + end for content in _NO_JSON]
+    fuzz_files(form, folder, json_of(value), lambda other: text_of(other) + end, whole, [None], also)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.fuzz.mutations import bounded, npy, text_of, zipped
-from tests.fuzz.test_parsers import _COLMAP_CAMERAS, _COLMAP_IMAGES, _TRANSFORMS, _gguf, _png, _tokens_gguf
+from tests.fuzz.samples import COLMAP_CAMERAS, COLMAP_IMAGES, TRANSFORMS, gguf_model, gguf_tokens, packed_config, png
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -44,7 +44,7 @@ def test_gguf_dimensions(tmp_path, rank):
 def test_gguf_metadata_of_other_types(tmp_path):
     from jaxlab.models.gguf import GgufFile, hf_config
 
-    (tmp_path / "a.gguf").write_bytes(_gguf("F32"))
+    (tmp_path / "a.gguf").write_bytes(gguf_model("F32"))
     file = GgufFile(tmp_path / "a.gguf")
     for name, value in (("attention.head_count", "many"), ("attention.head_count", 0), ("rope.freq_base", "x")):
         file.metadata = GgufFile(tmp_path / "a.gguf").metadata | {
@@ -58,7 +58,7 @@ def test_gguf_metadata_of_other_types(tmp_path):
 def test_gguf_tokens_of_other_types(tmp_path):
     from jaxlab.models import load_tokenizer
 
-    content = _tokens_gguf().replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.merged")
+    content = gguf_tokens().replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.merged")
     (tmp_path / "a.gguf").write_bytes(content)
     refused(lambda: load_tokenizer(tmp_path / "a.gguf"), "the tokenizer in its metadata is damaged")
 
@@ -149,9 +149,8 @@ def test_chat_templates_that_fail(tmp_path, template):
 
 def test_packed_models_with_more_pairs_than_experts(tmp_path):
     from jaxlab.puzzlemoe.storage import _read_config
-    from tests.fuzz.test_parsers import _packed_config
 
-    content = _packed_config()
+    content = packed_config()
     for pairs in (10**30, -1, "x", 5, None):
         (tmp_path / "config.json").write_bytes(
             text_of(content | {"puzzlemoe": content["puzzlemoe"] | {"num_pairs": pairs}})
@@ -208,7 +207,7 @@ def test_a_chunk_of_an_image_that_claims_4_gib(tmp_path):
     from jaxlab.instantedit.image_io import read_image
     from jaxlab.vlm_scaling import images
 
-    content = _png(8, 8)
+    content = png(8, 8)
     (tmp_path / "a.png").write_bytes(content[:33] + b"\xff" + content[34:])
     for read in (read_image, images.pixels, lambda path: photos.read_image(path, 4, 4)):
         bounded(lambda read=read: read(tmp_path / "a.png"), (ValueError,))
@@ -258,8 +257,8 @@ def test_answers_of_other_types(choice):
 def test_a_colmap_image_with_more_points_than_there_are_bytes(tmp_path):
     from jaxlab.flexgaussian import SceneFormatError, cameras_from_colmap
 
-    (tmp_path / "cameras.bin").write_bytes(_COLMAP_CAMERAS)
-    two = struct.pack("<Q", 2) + _COLMAP_IMAGES[8:-8] + struct.pack("<Q", (1 << 64) - 1)
+    (tmp_path / "cameras.bin").write_bytes(COLMAP_CAMERAS)
+    two = struct.pack("<Q", 2) + COLMAP_IMAGES[8:-8] + struct.pack("<Q", (1 << 64) - 1)
     (tmp_path / "images.bin").write_bytes(two)
     refused(lambda: cameras_from_colmap(tmp_path), "damaged COLMAP model", SceneFormatError)
 
@@ -270,11 +269,11 @@ def test_lenses_that_cannot_be(tmp_path, bent):
     from jaxlab.flexgaussian import SceneFormatError
     from jaxlab.flexgaussian.photos import load_photographs
 
-    (tmp_path / "a.png").write_bytes(_png(8, 8))
-    (tmp_path / "transforms.json").write_bytes(text_of(_TRANSFORMS | {"k1": bent}))
+    (tmp_path / "a.png").write_bytes(png(8, 8))
+    (tmp_path / "transforms.json").write_bytes(text_of(TRANSFORMS | {"k1": bent}))
     refused(
         lambda: load_photographs(tmp_path / "transforms.json", 4, 3), "expected numbers as its lens", SceneFormatError
     )
     strange = {"k1": 9e5, "fl_x": 1e300, "fl_y": 1e300, "cx": -1e308}
-    (tmp_path / "transforms.json").write_bytes(text_of(_TRANSFORMS | strange))
+    (tmp_path / "transforms.json").write_bytes(text_of(TRANSFORMS | strange))
     bounded(lambda: load_photographs(tmp_path / "transforms.json", 4, 3), (ValueError,))

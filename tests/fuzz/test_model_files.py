@@ -1,0 +1,155 @@
+"""Files of models, changed: a valid object or a documented error."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.mutations import KEYS, Format, beside, fuzz_bytes, fuzz_json, text_of
+from tests.fuzz.samples import gguf_model, gguf_tokens, packed_config, safetensors_of_three
+
+
+def _tensors(path):
+    from jaxlab.models import load
+
+    with load.open_tensors(path) as tensors:
+        for name in tensors:
+            tensors.shape(name), tensors.dtype(name), tensors[name], tensors.read(name, (slice(0, 1),))
+
+
+def _decoder_gguf(path):
+    from jaxlab.models.gguf import GgufDecoder, GgufFile, hf_config
+
+    file = GgufFile(path)
+    hf_config(file)
+    decoder = GgufDecoder(file)
+    for name in decoder:
+        decoder[name]
+
+
+def _tokenizer(path):
+    from jaxlab.models import load_tokenizer
+
+    tokenizer = load_tokenizer(path if path.suffix == ".gguf" else path.parent)
+    return tokenizer.decode(tokenizer.encode("ab a")), tokenizer.eos_token_id
+
+
+@functools.cache
+def _tokenizer_json():
+    import tempfile
+
+    from jaxlab.models import ByteTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        ByteTokenizer().save_pretrained(folder)
+        return json.loads((Path(folder) / "tokenizer.json").read_text())
+
+
+def _beside_tokenizer(folder):
+    (folder / "tokenizer.json").write_bytes(text_of(_tokenizer_json()))
+
+
+_TOKENIZER_CONFIG = {
+    "bos_token": "<bos>",
+    "eos_token": {"content": "<eos>", "special": True},
+    "chat_template": [{"name": "default", "template": "{{ messages[0].content }}"}],
+}
+
+
+def _decoder_config(path):
+    from jaxlab.models.decoder import DecoderConfig
+
+    return DecoderConfig.from_hf(path).layer_runs()
+
+
+def _golden(name):
+    from tests.models.checkpoints import golden
+
+    return golden(name)["config"]
+
+
+def _pretrained(path):
+    from jaxlab.models import load_pretrained
+
+    return load_pretrained(path.parent)
+
+
+def _beside_weights(folder):
+    (folder / "model.safetensors").write_bytes(safetensors_of_three())
+
+
+def _index(path):
+    from jaxlab.models import load
+
+    return list(load.open_tensors(path.parent))
+
+
+def _beside_shard(folder):
+    (folder / "shard.safetensors").write_bytes(safetensors_of_three())
+
+
+def _packed(path):
+    from jaxlab.puzzlemoe.storage import _read_config
+
+    return _read_config(path.parent)
+
+
+def _scheduler(path):
+    from jaxlab.instantedit.checkpoint import _check_scheduler
+
+    return _check_scheduler(path.parent)
+
+
+def _prompt_tokenizer(path):
+    from jaxlab.instantedit.tokens import PromptTokenizer
+
+    return PromptTokenizer.from_folder(path.parent).ids("a")
+
+
+_MERGES = b"#version: 0.2\na b\n"
+_SCHEDULER = {"beta_start": 0.00085, "prediction_type": "epsilon"}
+_VOCAB = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "b": 3, "a</w>": 4, "ab": 5}
+
+
+BYTES = {
+    "safetensors": Format("a.safetensors", safetensors_of_three, _tensors),
+    "gguf": Format("a.gguf", lambda: gguf_model("F32"), _tensors),
+    "gguf, quantised": Format("a.gguf", lambda: gguf_model("Q4_0"), _decoder_gguf),
+    "gguf, tokens": Format("a.gguf", gguf_tokens, _tokenizer),
+    "scheduler": Format("scheduler_config.json", lambda: text_of(_SCHEDULER), _scheduler),
+    "merges": Format(
+        "merges.txt", lambda: _MERGES, _prompt_tokenizer,
+        beside=beside("vocab.json", text_of(_VOCAB)),
+    ),
+}  # fmt: skip
+
+
+DOCUMENTS = {
+    "safetensors index": Format(
+        "model.safetensors.index.json",
+        lambda: {"weight_map": dict.fromkeys("abc", "shard.safetensors")},
+        _index,
+        beside=_beside_shard,
+    ),
+    "decoder": Format("config.json", lambda: _golden("llama"), _decoder_config, KEYS),
+    "decoder with experts": Format("config.json", lambda: _golden("qwen3-moe"), _decoder_config, KEYS),
+    "pretrained": Format("config.json", lambda: _golden("qwen2"), _pretrained, KEYS, _beside_weights, KeyError),
+    "packed experts": Format("config.json", packed_config, _packed, KEYS, _beside_weights),
+    "tokenizer": Format("tokenizer.json", _tokenizer_json, _tokenizer),
+    "tokenizer config": Format(
+        "tokenizer_config.json", lambda: _TOKENIZER_CONFIG, _tokenizer, beside=_beside_tokenizer
+    ),
+    "vocabulary": Format("vocab.json", lambda: _VOCAB, _prompt_tokenizer, beside=beside("merges.txt", _MERGES)),
+    "scheduler": Format("scheduler_config.json", lambda: _SCHEDULER, _scheduler),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_changed_bytes(folder, name):
+    fuzz_bytes(BYTES[name], folder)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_other_values_in_json(folder, name):
+    fuzz_json(DOCUMENTS[name], folder)
