@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxlab.core.errors import CheckpointError
+from jaxlab.core.untrusted import inside, read_object
 
 T = TypeVar("T")
 
@@ -221,10 +222,30 @@ def _read_arrays(path: Path, leaves: Mapping[str, Any], where: str) -> dict[str,
             arguments[name] = ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
     item = dict.fromkeys(leaves, 0)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler()
+        _check_stored(handler.metadata(path).tree, leaves)
+        with ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments))
     except Exception as error:
         raise CheckpointError(f"{where}: the arrays cannot be read: {error}") from error
+
+
+def _check_stored(stored: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Compares what the files tell of the arrays with what is wanted: reading takes the memory that they tell.
+
+    Orbax never writes chunks that are larger than their array; unpacking one of any size takes its memory, too.
+    """
+    for name, like in leaves.items():
+        shape, dtype = tuple(like.shape), like.dtype
+        if _is_key(like):
+            shape, dtype = (*shape, *dtype._impl.key_shape), np.dtype(np.uint32)
+        found = stored[name]
+        got = (tuple(found.shape), str(np.dtype(found.dtype)))
+        if got != (shape, str(dtype)):
+            raise ValueError(f"leaf {name!r} is stored as {_text(got)}, expected {_text((shape, str(dtype)))}")
+        chunks = found.storage.chunk_shape
+        if len(chunks) != len(shape) or any(chunk > size for chunk, size in zip(chunks, shape)):
+            raise ValueError(f"leaf {name!r} of shape {shape} is stored in chunks of {chunks}")
 
 
 def _read_sharding(like: Any) -> Sharding | None:
@@ -274,16 +295,49 @@ def _checked_manifest(path: Path, wanted: Mapping[str, Any], where: str) -> dict
 
 def _manifest(path: Path, where: str) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = read_object(path / _MANIFEST)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{where}: {_MANIFEST} is missing; this is no checkpoint of ours, or a damaged one"
         ) from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{where}: {_MANIFEST} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{where}: {_MANIFEST} is not of format {_FORMAT!r}")
+    _check_form(path, manifest, f"{where}: {_MANIFEST}")
     return manifest
+
+
+def _check_form(path: Path, manifest: Mapping[str, Any], where: str) -> None:
+    """Types, sizes, and names of files that stay below the folder of the arrays."""
+    leaves, files = manifest.get("leaves"), manifest.get("files")
+    if not isinstance(leaves, dict) or not isinstance(files, dict) or "extra" not in manifest:
+        raise CheckpointError(f"{where}: expected leaves and files by name, and extra")
+    for name, entry in leaves.items():
+        if not _is_described(entry):
+            raise CheckpointError(f"{where}: leaf {name!r}: expected kind, dtype and shape, got {str(entry)[:80]}")
+    for name, sums in files.items():
+        try:
+            file = inside(path, name, "file")
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        if path / _ARRAYS not in file.parents:
+            raise CheckpointError(f"{where}: file: expected a path below {path / _ARRAYS}, got {name!r}")
+        if not _are_sizes(sums) or len(sums) != 2:
+            raise CheckpointError(f"{where}: file {name}: expected size and CRC-32, got {str(sums)[:80]}")
+
+
+def _is_described(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not _are_sizes(entry.get("shape")):
+        return False
+    if entry.get("kind") == "scalar":
+        value = entry.get("value")
+        return type(value) in _SCALARS and type(value).__name__ == entry["dtype"] and not entry["shape"]
+    return entry.get("kind") in ("array", "key")
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _check_leaves(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
@@ -318,7 +372,10 @@ def _scalar_as(entry: Mapping[str, Any], like: Any) -> Any:
     """A saved Python number may be wanted as a zero-dimensional array of its kind, as `jax.eval_shape` describes it."""
     kind = {"int": jnp.integer, "float": jnp.floating, "bool": jnp.bool_}.get(entry["dtype"])
     fits = kind is not None and like.shape == () and jnp.issubdtype(like.dtype, kind)
-    return ((), str(like.dtype)) if fits else f"Python {entry['dtype']}"
+    if fits and entry["dtype"] == "int":
+        limits = jnp.iinfo(like.dtype)
+        fits = limits.min <= entry["value"] <= limits.max
+    return ((), str(like.dtype)) if fits else f"Python {entry['dtype']} {str(entry['value'])[:40]}"
 
 
 def _text(described: Any) -> str:
@@ -359,11 +416,10 @@ def _checksums(path: Path) -> dict[str, list[int]]:
 
 def _check_files(path: Path, sums: Mapping[str, list[int]], where: str) -> None:
     for name, (size, _) in sums.items():
-        try:
-            found = (path / name).stat().st_size
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{where}: file {name} is missing") from error
-        if found != size:
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{where}: file {name} is missing")
+        if (found := file.stat().st_size) != size:
             raise CheckpointError(f"{where}: file {name} is truncated or changed: got {found} bytes, expected {size}")
     for name in _share(sorted(sums)):
         if _crc(path / name) != sums[name][1]:

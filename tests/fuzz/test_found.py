@@ -277,3 +277,12 @@ def test_lenses_that_cannot_be(tmp_path, bent):
     strange = {"k1": 9e5, "fl_x": 1e300, "fl_y": 1e300, "cx": -1e308}
     (tmp_path / "transforms.json").write_bytes(text_of(TRANSFORMS | strange))
     bounded(lambda: load_photographs(tmp_path / "transforms.json", 4, 3), (ValueError,))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bounds_hold(native):
+    """What the other tests rely on."""
+    with pytest.raises(AssertionError, match="MiB for a small file"):
+        bounded(lambda: np.ones(500 << 20, np.uint8), (), native=native)
+    assert bounded(lambda: np.ones(1 << 20, np.uint8).size, (), native=native) == 1 << 20
+    assert bounded(lambda: int("x"), (ValueError,), native=native) is None
