@@ -222,9 +222,8 @@ def _read_arrays(path: Path, leaves: Mapping[str, Any], where: str) -> dict[str,
             arguments[name] = ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
     item = dict.fromkeys(leaves, 0)
     try:
-        handler = ocp.PyTreeCheckpointHandler()
-        _check_stored(handler.metadata(path).tree, leaves)
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            _check_stored(checkpointer.metadata(path).item_metadata.tree, leaves)
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments))
     except Exception as error:
         raise CheckpointError(f"{where}: the arrays cannot be read: {error}") from error

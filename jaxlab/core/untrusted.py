@@ -17,14 +17,19 @@ from typing import Any
 
 import numpy as np
 
+from jaxlab.core.errors import require
+
 JSON_BYTES = 1 << 28
 """Of a JSON document at most: a tokenizer with a large vocabulary has some 2^25."""
 UNPACKED_BYTES = 1 << 32
 """Of all arrays of an `.npz` file, and of what gzip hides, at most."""
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, struct.error)
 """What `zipfile` raises over damaged archives, encrypted ones, and packings that it does not know."""
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error)
+"""What Pillow raises over damaged images and their metadata, with its own DecompressionBombError."""
 _YAML_BYTES, _YAML_NODES, _YAML_DEPTH = 1 << 18, 1 << 18, 64
 _PIECE = 1 << 20
+_IMAGES = ("PNG", "JPEG", "WEBP", "GIF")
 _NPY_HEADER = 10_000
 
 
@@ -51,13 +56,30 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def in_memory(path: str | os.PathLike) -> io.BytesIO:
-    """A file's content as a stream: one that is asked for 4 GiB which a header claims takes no more than there is.
+def read_image(source: str | os.PathLike | bytes, extra: str) -> Any:
+    """A Pillow image, its pixels read.
+
+    PNG, JPEG, WebP and GIF alone: Pillow knows some forty formats more, which few use and few attack in tests.
+
+    Args:
+      source: a file's path, or its content.
+      extra: that brings Pillow, for the message where it is absent.
 
     Raises:
       FileNotFoundError: no such file.
+      ValueError: of another format, damaged, or of more pixels than Pillow's own bound.
+      MissingExtra: Pillow is absent.
     """
-    return io.BytesIO(Path(path).read_bytes())
+    pillow = require("PIL.Image", extra)
+    content, what = (source, "image") if isinstance(source, bytes) else (Path(source).read_bytes(), os.fspath(source))
+    try:
+        # In memory: a stream that is asked for 4 GiB which a header claims takes no more than there is.
+        with pillow.open(io.BytesIO(content), formats=_IMAGES) as image:
+            image.load()
+            return image
+    except (*IMAGE_ERRORS, pillow.DecompressionBombError) as error:
+        told = f" ({error})" if not isinstance(error, pillow.UnidentifiedImageError) else ""
+        raise ValueError(f"{what}: expected a PNG, JPEG, WebP or GIF image that Pillow reads{told}") from error
 
 
 def read_yaml(path: str | os.PathLike) -> Any:

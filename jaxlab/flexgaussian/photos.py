@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from jaxlab.core import untrusted
 from jaxlab.core.errors import require
-from jaxlab.core.untrusted import in_memory, read_object
 from jaxlab.flexgaussian.cameras import Camera, cameras_from_transforms
 from jaxlab.flexgaussian.scene import SceneFormatError
 
@@ -40,7 +40,7 @@ def load_photographs(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lens distortion is ignored.*")
         cameras = [camera.scaled(width, height) for camera in cameras_from_transforms(path)]
-    content = read_object(path)
+    content = untrusted.read_object(path)
     frames = {Path(frame["file_path"]).name: {**content, **frame} for frame in content["frames"]}
     images = []
     for camera in cameras:
@@ -84,7 +84,7 @@ def straightened(image: Float[np.ndarray, "h w 3"], camera: Camera, lens: list[f
 
 
 def read_image(path: Path, width: int, height: int) -> Float[np.ndarray, "h w 3"]:
-    """A photograph at one size, in [0, 1]; box filtered.
+    """A photograph (PNG, JPEG, WebP or GIF) at one size, in [0, 1]; box filtered.
 
     Raises:
       SceneFormatError: not an image that can be read.
@@ -92,8 +92,7 @@ def read_image(path: Path, width: int, height: int) -> Float[np.ndarray, "h w 3"
     """
     pillow = require("PIL.Image", "splats")
     try:
-        with pillow.open(in_memory(path)) as image:
-            small = image.convert("RGB").resize((width, height), pillow.Resampling.BOX)
-            return np.asarray(small, np.float32) / 255
-    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
+        image = untrusted.read_image(path, "splats")
+    except (OSError, ValueError) as error:
         raise SceneFormatError(f"{path}: not an image that can be read ({error})") from error
+    return np.asarray(image.convert("RGB").resize((width, height), pillow.Resampling.BOX), np.float32) / 255

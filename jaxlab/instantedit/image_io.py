@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from jaxlab.core import untrusted
 from jaxlab.core.errors import require
-from jaxlab.core.untrusted import in_memory
 
 MULTIPLE = 8  # of both sides: what the autoencoder shrinks by
 
@@ -28,7 +28,8 @@ def prepare_image(
       multiple: both sides must be multiples of it afterwards.
 
     Raises:
-      ValueError: another shape or dtype, pixels that are not finite or outside [0, 1], or a size that does not fit.
+      ValueError: another shape or dtype, damaged EXIF data, pixels that are not finite or outside [0, 1], or a size
+        that does not fit.
       MissingExtra: resizing, without Pillow.
     """
     pixels = _from_pil(image) if _is_pil(image) else np.asarray(image)
@@ -57,23 +58,17 @@ def to_uint8(image: Float[Array | np.ndarray, "H W *channels"]) -> UInt8[np.ndar
 
 
 def read_image(path: str | os.PathLike[str]) -> Any:
-    """The PIL image of a file, read completely.
+    """The PIL image of a PNG, JPEG, WebP or GIF file, read completely.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is not an image.
+      ValueError: of another format, or damaged.
       MissingExtra: Pillow is absent.
     """
-    pil = require("PIL.Image", "images")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"image: {path} does not exist")
-    try:
-        with pil.open(in_memory(path)) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, pil.DecompressionBombError) as error:
-        raise ValueError(f"image: {path} is not an image that Pillow reads: {error}") from error
+    return untrusted.read_image(path, "images")
 
 
 def write_image(path: str | os.PathLike[str], image: Shaped[Array | np.ndarray, "H W *channels"]) -> None:
@@ -98,7 +93,10 @@ def _is_pil(image: Any) -> bool:
 def _from_pil(image: Any) -> np.ndarray:
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except untrusted.IMAGE_ERRORS as error:
+        raise ValueError(f"image: its EXIF data are damaged ({error})") from error
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
     if image.mode in ("I", "F"):

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import os
 import struct
 import zlib
@@ -12,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.core.errors import require
-from jaxlab.core.untrusted import in_memory
+from jaxlab.core.untrusted import read_image
 
 _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 
@@ -21,19 +19,15 @@ _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "imag
 def pixels(image: Any) -> np.ndarray:
     """uint8 [H, W, 3] of an array, a path, or the bytes of an image file (which take Pillow, extra `images`).
 
+    Files are PNG, JPEG, WebP or GIF.
+
     Raises:
       MissingExtra: Pillow is needed and not installed.
       ValueError: an array of another shape or dtype, or a file that is no image.
       FileNotFoundError: no such file.
     """
     if isinstance(image, bytes | str | os.PathLike):
-        pillow = require("PIL.Image", "images")
-        source = io.BytesIO(image) if isinstance(image, bytes) else in_memory(image)
-        try:
-            with pillow.open(source) as opened:
-                return np.asarray(opened.convert("RGB"))
-        except (OSError, SyntaxError, pillow.DecompressionBombError) as error:
-            raise ValueError(f"image: expected a file that Pillow reads: {error}") from error
+        return np.asarray(read_image(image, "images").convert("RGB"))
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise ValueError(f"image: expected uint8 of shape [H, W, 3], got {array.dtype} of shape {array.shape}")

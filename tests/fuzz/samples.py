@@ -18,6 +18,19 @@ def png(width, height, seed=0):
     return buffer.getvalue()
 
 
+def picture(kind):
+    """A photograph's file, turned by its EXIF data where it may hold them; a GIF has two frames."""
+    from PIL import Image
+
+    first, second = (Image.open(io.BytesIO(png(8, 8, seed))).convert("RGB") for seed in (0, 1))
+    buffer = io.BytesIO()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    options = {"gif": {"save_all": True, "append_images": [second]}, "jpeg": {"exif": turned}, "webp": {"exif": turned}}
+    first.save(buffer, kind, **options[kind])
+    return buffer.getvalue()
+
+
 COLMAP_CAMERAS = struct.pack("<Q", 1) + struct.pack("<iiQQ4d", 1, 1, 64, 48, 50.0, 50.0, 32.0, 24.0)
 COLMAP_IMAGES = (
     struct.pack("<Q", 1) + struct.pack("<i7di", 1, 1, 0, 0, 0, 0.0, 0.0, 1.0, 1) + b"a.png\0" + struct.pack("<Q", 0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.fuzz.mutations import Format, fuzz_bytes, fuzz_json, fuzz_members, npy, text_of, zipped
-from tests.fuzz.samples import png
+from tests.fuzz.samples import picture, png
 
 
 @functools.cache
@@ -179,6 +179,11 @@ BYTES = {
     "image": Format("a.png", lambda: png(8, 8), _image),
     "photograph": Format("a.png", lambda: png(8, 8), _photo),
     "image of a question": Format("a.png", lambda: png(8, 8), _vlm_image),
+    **{
+        f"{name}, {kind}": Format(f"a.{kind}", functools.partial(picture, kind), read)
+        for kind in ("jpeg", "webp", "gif")
+        for name, read in (("image", _image), ("photograph", _photo), ("image of a question", _vlm_image))
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """What fuzzing has found, each as small as it gets; unmended, each raised another error, took all memory, or hung."""
 
 import gzip
+import io
 import json
 import struct
 
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 
 from tests.fuzz.mutations import bounded, npy, text_of, zipped
-from tests.fuzz.samples import COLMAP_CAMERAS, COLMAP_IMAGES, TRANSFORMS, gguf_model, gguf_tokens, packed_config, png
+from tests.fuzz.samples import (
+    COLMAP_CAMERAS,
+    COLMAP_IMAGES,
+    TRANSFORMS,
+    gguf_model,
+    gguf_tokens,
+    packed_config,
+    picture,
+    png,
+)
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -196,9 +206,40 @@ def test_images_that_are_none(tmp_path):
     pytest.importorskip("PIL")
     from jaxlab.vlm_scaling import images
 
-    refused(lambda: images.pixels(b"\x89PNG\r\n"), "image: expected a file that Pillow reads")
+    refused(lambda: images.pixels(b"\x89PNG\r\n"), "image: expected a PNG, JPEG, WebP or GIF image")
     with pytest.raises(FileNotFoundError):
         images.pixels(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM", "ICO", "TGA", "PCX", "PSD"])
+def test_images_of_formats_that_nobody_promised(tmp_path, kind):
+    """Pillow reads them all."""
+    image = pytest.importorskip("PIL.Image")
+    from jaxlab.flexgaussian import SceneFormatError, photos
+    from jaxlab.instantedit.image_io import read_image
+    from jaxlab.vlm_scaling import images
+
+    content = io.BytesIO()
+    if kind == "PSD":
+        content.write(struct.pack(">4sH6xHIIHHIIIH", b"8BPS", 1, 3, 8, 8, 8, 3, 0, 0, 0, 0) + bytes(192))
+    else:
+        image.new("RGB", (8, 8)).save(content, kind)
+    image.open(content).load()
+    (tmp_path / "a.png").write_bytes(content.getvalue())
+    for read in (read_image, images.pixels):
+        refused(lambda read=read: read(tmp_path / "a.png"), r"a\.png: expected a PNG, JPEG, WebP or GIF image")
+    refused(lambda: photos.read_image(tmp_path / "a.png", 4, 4), r"a\.png: not an image.*PNG", SceneFormatError)
+
+
+def test_exif_data_that_are_none(tmp_path):
+    pytest.importorskip("PIL")
+    from jaxlab.instantedit.image_io import prepare_image, read_image
+
+    content = picture("webp")
+    assert content.count(b"MM\0*") == 1
+    (tmp_path / "a.webp").write_bytes(content.replace(b"MM\0*", b"XX\0*"))
+    image = read_image(tmp_path / "a.webp")
+    refused(lambda: prepare_image(image), "image: its EXIF data are damaged")
 
 
 def test_a_chunk_of_an_image_that_claims_4_gib(tmp_path):

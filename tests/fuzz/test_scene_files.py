@@ -54,6 +54,25 @@ def _spz():
     return gzip.decompress(spz.write(_scene()))
 
 
+def _spz_4_of(planes):
+    """Version 4: the header of version 3, a table of lengths, and every plane packed by itself."""
+    zstandard = pytest.importorskip("zstandard")
+    header = bytearray(_spz()[:16])
+    header[4], header[15] = 4, len(planes)
+    packed = [zstandard.compress(plane) for plane in planes]
+    table = b"".join(struct.pack("<QQ", len(pack), len(plane)) for pack, plane in zip(packed, planes))
+    return bytes(header) + struct.pack("<I12x", 32) + table + b"".join(packed)
+
+
+def _spz_planes():
+    """Positions, alphas, colours, scales, rotations and harmonics."""
+    content, at, planes = _spz(), 16, []
+    for width in (9, 1, 3, 3, 4, 9):
+        planes.append(content[at : at + 12 * width])
+        at += 12 * width
+    return planes
+
+
 def _compressed_ply():
     sides = [f"{side}_{kind}{axis}" for kind in ("", "scale_") for side in ("min", "max") for axis in "xyz"]
     lines = ["ply", "format binary_little_endian 1.0", "element chunk 1", *(f"property float {p}" for p in sides)]
@@ -143,6 +162,7 @@ BYTES = {
     "compressed ply": Format("a.ply", _compressed_ply, _load_scene),
     "splat": Format("a.splat", _splat, _load_scene),
     "spz": Format("a.spz", _spz, _load_scene),
+    "spz, version 4": Format("a.spz", lambda: _spz_4_of(_spz_planes()), _load_scene),
     "spz, packed": Format("a.spz", lambda: gzip.compress(_spz(), mtime=0), _load_scene),
     "sog": Format("a.sog", lambda: zipped({"meta.json": text_of(_SOG), **_sog_images()}), _load_scene),
     "compressed scene": Format("a.jxfg", lambda: _jxfg("zlib"), _load_compressed),
@@ -188,6 +208,27 @@ MEMBERS = {"sog": Format("a.sog", lambda: {"meta.json": text_of(_SOG), **_sog_im
 @pytest.mark.parametrize("name", MEMBERS)
 def test_changed_members_of_archives(folder, name, packed):
     fuzz_members(MEMBERS[name], folder, packed=packed)
+
+
+def test_changed_planes_under_zstandard(folder):
+    """Their lengths are told as they are: too long, too short, of other numbers."""
+    planes = _spz_planes()
+
+    def made(drawn):
+        place, changes = drawn
+        return _spz_4_of([changed(plane, changes) if place == i else plane for i, plane in enumerate(planes)])
+
+    form = Format("a.spz", lambda: planes, _load_scene)
+    draws = st.tuples(st.integers(0, len(planes) - 1), edits(2))
+    fuzz_files(form, folder, draws, made, _spz_4_of(planes), (0, CUT))
+
+
+def test_version_4_says_what_version_3_says(folder):
+    (folder / "a.spz").write_bytes(_spz_4_of(_spz_planes()))
+    (folder / "b.spz").write_bytes(_spz())
+    four, three = (dataclasses.asdict(_load_scene(folder / name)) for name in ("a.spz", "b.spz"))
+    for name, value in three.items():
+        np.testing.assert_array_equal(four[name], value)
 
 
 def _reframed(version, header, streams):
