@@ -1,8 +1,9 @@
 """Text to ids and back: bytes, `tokenizer.json` folders, GGUF files."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -61,13 +62,15 @@ class FastTokenizer:
         backend: the `tokenizers.Tokenizer`.
         config: fields of `tokenizer_config.json` that are used: bos_token, eos_token, pad_token, unk_token,
             chat_template.
+        source: the file it comes from, for messages.
 
     Raises:
         ValueError: one of them is no text.
     """
 
-    def __init__(self, backend: Any, config: Mapping[str, Any]):
+    def __init__(self, backend: Any, config: Mapping[str, Any], source: str | os.PathLike[str] = "tokenizer"):
         self.backend = backend
+        self._source = os.fspath(source)
         self.special_tokens: dict[str, str] = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = config.get(name)
@@ -101,12 +104,14 @@ class FastTokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text, with the start token of models that want one."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Ids of a text, with the start token of models that want one; ValueError where its file is damaged."""
+        with _damage_told(self._source):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[Any], *, skip_special_tokens: bool = True) -> str:
-        """Text of ids, without special tokens unless asked for."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        """Text of ids, without special tokens unless asked for; ValueError where its file is damaged."""
+        with _damage_told(self._source):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True, tokenize: bool = True
@@ -145,6 +150,20 @@ class FastTokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them."""
         template = {"chat_template": self.chat_template} if self.chat_template is not None else {}
         _write(Path(folder), self.backend, self.special_tokens | template)
+
+
+@contextlib.contextmanager
+def _damage_told(what: str, also: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Makes a ValueError of what `tokenizers` raises over damaged files, and of other errors where asked to.
+
+    That is bare Exceptions, and the panics of its Rust code, which are BaseExceptions.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException" and not isinstance(error, also):
+            raise
+        raise ValueError(f"{what}: {error!r}") from error
 
 
 def _text(name: str, value: Any) -> str:
@@ -209,9 +228,11 @@ def _by_transformers(folder: Path, **options: Any) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, **options
-        )
+        with _damage_told(str(folder)):
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, **options
+            )
+            tokenizer.decode(tokenizer.encode("a"))  # some damage shows in use only
     except ImportError as error:
         raise NotImplementedError(f"{folder}: transformers needs more to read its tokenizer: {error}") from error
     except Exception as error:  # whatever its many readers raise
@@ -234,13 +255,12 @@ def _from_folder(folder: Path) -> Tokenizer:
         entries = [entry for entry in config["chat_template"] if isinstance(entry, Mapping)]
         named = {str(entry.get("name")): entry.get("template") for entry in entries}
         config["chat_template"] = named.get("default")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+    file = folder / "tokenizer.json"
+    with _damage_told(f"{file} is not a tokenizer"):
+        backend = tokenizers.Tokenizer.from_file(str(file))
     backend.no_padding()
     backend.no_truncation()
-    return FastTokenizer(backend, config)
+    return FastTokenizer(backend, config, file)
 
 
 _DIGITS3 = (
@@ -267,13 +287,11 @@ def _from_gguf(path: Path) -> Tokenizer:
     pre = meta.get("tokenizer.ggml.pre", "default")
     if meta.get("tokenizer.ggml.model") != "gpt2" or not isinstance(pre, str) or pre not in _SPLITS:
         return _by_transformers(path.parent, gguf_file=path.name)
-    try:
-        return _of_metadata(meta, _SPLITS[pre])
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{path}: the tokenizer in its metadata is damaged: {error!r}") from error
+    with _damage_told(f"{path}: the tokenizer in its metadata is damaged", Exception):
+        return _of_metadata(path, meta, _SPLITS[pre])
 
 
-def _of_metadata(meta: Mapping[str, Any], split: str | None) -> FastTokenizer:
+def _of_metadata(path: Path, meta: Mapping[str, Any], split: str | None) -> FastTokenizer:
     tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
     kinds = meta.get("tokenizer.ggml.token_type", [])
     pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
@@ -293,7 +311,7 @@ def _of_metadata(meta: Mapping[str, Any], split: str | None) -> FastTokenizer:
         backend.post_processor = TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, meta["tokenizer.ggml.bos_token_id"])]
         )
-    return FastTokenizer(backend, config | {"chat_template": meta.get("tokenizer.chat_template")})
+    return FastTokenizer(backend, config | {"chat_template": meta.get("tokenizer.chat_template")}, path)
 
 
 def _byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], split: str | None = None) -> Any:

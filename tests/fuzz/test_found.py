@@ -132,6 +132,32 @@ def test_documents_that_are_no_objects(tmp_path):
         refused(lambda read=read, path=path: read(path), "JSON|recursion")
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+        ("decoder", {"type": "Strip", "content": "a", "start": 9, "stop": 9}),
+        ("model", {"type": "Unigram", "unk_id": None, "vocab": [["b", 0.0]]}),
+        ("post_processor", {"single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": []}),
+    ],
+)
+def test_tokenizers_that_panic(tmp_path, part, value):
+    """Rust's panics are no Exceptions, its other errors bare ones; some come with the first text."""
+    from jaxlab.models import load_tokenizer
+
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    if part == "post_processor":
+        value = value | {"type": "TemplateProcessing", "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_bytes(text_of({"version": "1.0", "model": model} | {part: value}))
+
+    def use():
+        tokenizer = load_tokenizer(tmp_path)
+        tokenizer.decode(tokenizer.encode("a"))
+
+    refused(use, r"tokenizer\.json.*(PanicException|unk_id)")
+
+
 def test_special_tokens_that_are_no_text(tmp_path):
     from jaxlab.models import ByteTokenizer, load_tokenizer
 

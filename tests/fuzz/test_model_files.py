@@ -2,6 +2,7 @@
 
 import functools
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,46 @@ _SCHEDULER = {"beta_start": 0.00085, "prediction_type": "epsilon"}
 _VOCAB = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2, "b": 3, "a</w>": 4, "ab": 5}
 
 
+def _tokenizer_of(model, **parts):
+    """`tokenizer.json` of a model, with what may stand around it."""
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return {"version": "1.0", "added_tokens": [], **empty, "model": model, **parts}
+
+
+def _unigram():
+    from base64 import b64encode
+
+    charsmap = b64encode(struct.pack("<I", 1024) + bytes(1024) + b"\0").decode()
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    return _tokenizer_of(
+        {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0], ["b", -2.0]], "byte_fallback": False},
+        normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap},
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [metaspace, {"type": "FixedLength", "length": 5}]},
+        decoder={"type": "Sequence", "decoders": [metaspace, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+    )
+
+
+def _wordpiece():
+    special = {"id": "[CLS]", "ids": [0], "tokens": ["[CLS]"]}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    lower = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+    template = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return _tokenizer_of(
+        {
+            **{"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"},
+            **{"max_input_chars_per_word": 100, "vocab": {"[CLS]": 0, "[UNK]": 1, "a": 2, "##b": 3}},
+        },
+        added_tokens=[{"id": 0, "content": "[CLS]", **flags}],
+        normalizer={"type": "BertNormalizer", **lower},
+        pre_tokenizer={"type": "BertPreTokenizer"},
+        post_processor={
+            **{"type": "TemplateProcessing", "single": template, "pair": template},
+            "special_tokens": {"[CLS]": special},
+        },
+        decoder={"type": "WordPiece", "prefix": "##", "cleanup": True},
+    )
+
+
 BYTES = {
     "safetensors": Format("a.safetensors", safetensors_of_three, _tensors),
     "gguf": Format("a.gguf", lambda: gguf_model("F32"), _tensors),
@@ -137,6 +178,8 @@ DOCUMENTS = {
     "pretrained": Format("config.json", lambda: _golden("qwen2"), _pretrained, KEYS, _beside_weights, KeyError),
     "packed experts": Format("config.json", packed_config, _packed, KEYS, _beside_weights),
     "tokenizer": Format("tokenizer.json", _tokenizer_json, _tokenizer),
+    "tokenizer, unigram": Format("tokenizer.json", _unigram, _tokenizer),
+    "tokenizer, wordpiece": Format("tokenizer.json", _wordpiece, _tokenizer),
     "tokenizer config": Format(
         "tokenizer_config.json", lambda: _TOKENIZER_CONFIG, _tokenizer, beside=_beside_tokenizer
     ),
@@ -153,3 +196,22 @@ def test_changed_bytes(folder, name):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_other_values_in_json(folder, name):
     fuzz_json(DOCUMENTS[name], folder)
+
+
+TRANSFORMERS = {
+    "vocab.json": {"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3},
+    "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "model_max_length": 8},
+    "added_tokens.json": {"<x>": 4},
+    "special_tokens_map.json": {"eos_token": "<|endoftext|>"},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_other_values_in_json_for_transformers(tmp_path, unchecked, name):
+    """What it reads and we do not: its errors are ours, and name the folder."""
+    pytest.importorskip("transformers")
+    for other, content in TRANSFORMERS.items():
+        (tmp_path / other).write_bytes(text_of(content))
+    (tmp_path / "config.json").write_bytes(text_of({"model_type": "gpt2"}))
+    (tmp_path / "merges.txt").write_bytes(_MERGES)
+    fuzz_json(Format(name, lambda: TRANSFORMERS[name], _tokenizer, native=True), tmp_path)
