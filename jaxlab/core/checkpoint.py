@@ -210,6 +210,7 @@ def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 def _read_arrays(path: Path, leaves: Mapping[str, Any], where: str) -> dict[str, Any]:
     import orbax.checkpoint as ocp
+    from etils import epath
 
     if not leaves:
         return {}
@@ -222,8 +223,9 @@ def _read_arrays(path: Path, leaves: Mapping[str, Any], where: str) -> dict[str,
             arguments[name] = ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
     item = dict.fromkeys(leaves, 0)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            _check_stored(checkpointer.metadata(path).item_metadata.tree, leaves)
+        handler = ocp.PyTreeCheckpointHandler()
+        _check_stored(handler.metadata(epath.Path(path)).tree, leaves)  # a Checkpointer's own would swallow errors
+        with ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments))
     except Exception as error:
         raise CheckpointError(f"{where}: the arrays cannot be read: {error}") from error

@@ -74,7 +74,9 @@ def test_other_values_in_the_metadata_of_an_array(copy):
         _refitted(copy)
         bounded(lambda: _restored(copy / "manifest.json"), (CheckpointError,), native=True)
 
-    check([])
+    store["w/.zarray"] = b"{}"
+    _refitted(copy)
+    _refused(copy, r"the arrays cannot be read: .*w/\.zarray")
     fuzz(json_of(metadata), check)
 
 
