@@ -7,6 +7,7 @@ ScienceWorld 15, alpha 3, cost 3.
 import atexit
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,25 +37,34 @@ QUESTS = (
     "world={name: text_world, options: {n_tasks: 1500, n_held_out: 48, lengths: [3, 5], unseen_lengths: [4, 6], "
     "max_steps: 20, text: false}}",
     "planner={hidden_size: 64, layers: 3, heads: 4, context: 256}",
-    "corruption=0.5",
+    "corruption=0.3",
     "restate=false",
     "sft={steps: 1200, batch_size: 16, optimizer: {learning_rate: 4e-3, warmup_steps: 30}}",
     "filter_seeds=[0]",
     "grpo.seeds=[0]",
-    "grpo.steps=60",
+    "grpo.steps=160",
     "grpo.max_prompt_length=144",
     "grpo.max_completion_length=80",
 )
 SCIENCE = (
-    "world={name: science_world, options: {per_type: 2, list_commands: false}, held_out: 24}",
+    "world={name: science_world, options: {per_type: 10, list_commands: false, unseen_types: ["
+    "chemistry-mix-paint-tertiary-color, find-plant, grow-plant, identify-life-stages-2, lifespan-shortest-lived, "
+    "melt, power-component-renewable-vs-nonrenewable-energy, test-conductivity-of-unknown-substances]}, held_out: 48}",
     "planner={hidden_size: 64, layers: 2, heads: 4, context: 640}",
-    "corruption=0.5",
+    "corruption=0.3",
     "restate=false",
-    "sft={steps: 250, batch_size: 16, optimizer: {learning_rate: 3e-3, warmup_steps: 20}}",
+    "open_steps=true",
+    "sft={steps: 400, batch_size: 16, optimizer: {learning_rate: 3e-3, warmup_steps: 20}}",
     "filter_seeds=[0]",
+    "grpo.num_generations=4",
+    "grpo.max_prompt_length=160",
     "grpo.max_completion_length=400",
+    "grpo.seeds=[0]",
+    "grpo.steps=20",
+    "grpo.checkpoint_every=5",
     "eval_seeds=[0]",
 )
+"""Unseen types: the last one, by name, of each family of types of which there are several."""
 COLD = ("none", "untrained", "other_type", "sft_all", "sft")
 TRAINED = (*COLD, "grpo")
 ABLATED = ("grpo_expert", "grpo_novice", "grpo_success", "dpo", "best_of")
@@ -62,7 +72,7 @@ WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]]
     "grid": ("Grid world, scripted executors", (), (*TRAINED, *ABLATED, "gold"), SEEDS),
     "grid_decoders": ("Grid world, cloned decoders as executors", DECODERS, (*TRAINED, "gold"), (0,)),
     "text_world": ("TextWorld, scripted executors", QUESTS, (*TRAINED, "gold"), (0,)),
-    "science_world": ("ScienceWorld, scripted executors", SCIENCE, (*COLD, "gold"), (0,)),
+    "science_world": ("ScienceWorld, scripted executors", SCIENCE, (*TRAINED, "gold_told", "gold"), (0,)),
 }
 """Name -> title, what is different from `configs/eaglet/study.yaml`, methods, seeds."""
 ALPHAS = (0.0, 0.01, 0.05, 0.1)
@@ -70,6 +80,9 @@ WORLDS |= {f"alpha {alpha}": ("", (f"grpo.alpha={alpha}",), ("grpo",), (0,)) for
 FAULTY = (0.1, 0.3, 0.5, 0.7)
 WORLDS |= {f"corruption {share}": ("", (f"corruption={share}",), (), SEEDS) for share in FAULTY}
 _SPLITS = ("seen", "unseen")
+_CURVES = ("grid", "text_world", "science_world")
+"""Worlds with pictures."""
+_TENTHS = tuple(f"{percent} %" for percent in range(10, 101, 10))
 
 
 def items() -> Iterator[Item]:
@@ -86,6 +99,15 @@ def items() -> Iterator[Item]:
                     run=lambda world=world, split=split, method=method: _row(world, split, method),
                     seeds=seeds,
                 )
+        if world in _CURVES:
+            yield Item(
+                name=f"{world}, rewards",
+                table="Reinforcement by the gain of both: mean R_final of the plans that are drawn, by tenth of the "
+                "updates (measured)",
+                settings=_settings(changes),
+                run=lambda world=world, title=title: {"world": title, **_curve(world)},
+                seeds=seeds,
+            )
         if "sft" in methods:
             yield Item(
                 name=f"{world}, filter",
@@ -125,10 +147,13 @@ def items() -> Iterator[Item]:
 def pages() -> None:
     """Draws the pictures of the system's page from the rows that are there."""
     items = json.loads((FOLDER / "eaglet.json").read_text())["items"]
-    for split in _SPLITS:
-        rows = [item["row"] for name, item in items.items() if name.startswith(f"grid, {split}, ")]
+    for world, split in itertools.product(_CURVES, _SPLITS):
+        rows = [item["row"] for name, item in items.items() if name.startswith(f"{world}, {split}, ")]
         if rows:
-            _drawn(rows).savefig(FOLDER / f"eaglet_grid_{split}.png", dpi=110, bbox_inches="tight")
+            _drawn(rows).savefig(FOLDER / f"eaglet_{world}_{split}.png", dpi=110, bbox_inches="tight")
+    curves = [items[name]["row"] for world in _CURVES if (name := f"{world}, rewards") in items]
+    if curves:
+        _rising(curves).savefig(FOLDER / "eaglet_rewards.png", dpi=110, bbox_inches="tight")
     rows = {share: items[name]["row"] for share in FAULTY if (name := f"corruption {share}") in items}
     if rows:
         _filtering(rows).savefig(FOLDER / "eaglet_filter.png", dpi=110, bbox_inches="tight")
@@ -153,6 +178,24 @@ def _drawn(rows: Sequence[dict[str, Any]]) -> Any:
     drawn.legend(*success.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
     for axes in (success, steps):
         axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def _rising(rows: Sequence[dict[str, Any]]) -> Any:
+    """What the plans drawn earned in the course of each world's reinforcement; scales differ."""
+    from matplotlib.figure import Figure
+
+    from jaxlab.core.figures import BLUE
+
+    drawn = Figure(figsize=(9.0, 2.6), layout="constrained")
+    for axes, row in zip(drawn.subplots(1, len(rows), squeeze=False)[0], rows):
+        middles = (np.arange(len(_TENTHS)) + 0.5) * row["updates"] / len(_TENTHS)
+        axes.plot(middles, [row[tenth] for tenth in _TENTHS], "o-", color=BLUE, markersize=3)
+        axes.set_title(row["world"].partition(",")[0], fontsize=10)
+        axes.set_xlabel("update")
+        axes.set_xlim(0, row["updates"])
+        axes.spines[["top", "right"]].set_visible(False)
+    drawn.axes[0].set_ylabel("mean R_final")
     return drawn
 
 
@@ -190,11 +233,12 @@ def _config(changes: Sequence[str], seed: int) -> Any:
 
 
 def _settings(changes: Sequence[str], method: str = "") -> dict[str, Any]:
-    """What decides an outcome; `dpo` decides its own method's alone, and `restate` is younger than some rows."""
+    """What decides an outcome; `dpo` decides its own method's alone, and others are younger than some rows."""
     from jaxlab import core
 
     told = core.to_dict(_config(changes, 0))
-    silent = {name for name, unsaid in {"dpo": method != "dpo", "restate": told["restate"]}.items() if unsaid}
+    usual = {"dpo": method != "dpo", "restate": told["restate"], "open_steps": not told["open_steps"]}
+    silent = {name for name, unsaid in usual.items() if unsaid}
     return {name: value for name, value in told.items() if name not in silent}
 
 
@@ -243,6 +287,19 @@ def _row(world: str, split: str, method: str) -> dict[str, Any]:
         row[f"{name}: success"] = float(np.mean(successes[name]))
         row[f"{name}: gain"] = "" if method == "none" else _told(gains)
     return {**row, "steps": float(np.mean(steps))}
+
+
+def _curve(world: str) -> dict[str, Any]:
+    """Rewards in the course of the reinforcement, mean over all seeds of a study."""
+    from jaxlab.core import jsonl
+
+    curves = []
+    for study in _studies(world):
+        study.planner("grpo")
+        rows = jsonl.read(study.folder / "runs" / "grpo" / "metrics.jsonl")
+        rewards = [row["reward"] for row in rows if "reward" in row]
+        curves.append([float(np.mean(part)) for part in np.array_split(rewards, len(_TENTHS))])
+    return {"updates": len(rewards), **dict(zip(_TENTHS, np.mean(curves, axis=0).tolist()))}
 
 
 def _told(values: Sequence[tuple[str, float]]) -> str:

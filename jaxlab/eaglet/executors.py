@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxlab.eaglet.envs.base import Task
-from jaxlab.eaglet.plans import describe, offer, offered, owners, plan_steps, subgoals
+from jaxlab.eaglet.plans import describe, is_open, offer, offered, owners, plan_steps, says, subgoals
 from jaxlab.inference import Client
 
 
@@ -81,8 +81,8 @@ class GoldGuide:
         return subgoals(self._gold[task.id])
 
     def achieves(self, subgoal: str, action: str, observation: str) -> bool:
-        """Whether the action is called that."""
-        return subgoal == describe(action)
+        """Whether the action is called that, or may be what the subgoal leaves open."""
+        return says(subgoal, describe(action))
 
     def next_action(self, context: Context, subgoal: str) -> str | None:
         """The next gold action, where it serves the subgoal; else any that is called that, else None."""
@@ -90,7 +90,7 @@ class GoldGuide:
         done = 0
         for action, _ in context.history:
             done += done < len(gold) and action == gold[done]
-        called = [k for k, action in enumerate(gold) if describe(action) == subgoal]
+        called = [k for k, action in enumerate(gold) if says(subgoal, describe(action))]
         if not called:
             return None
         ahead = [k for k in called if k >= done]
@@ -108,7 +108,8 @@ class ScriptedExecutor(Executor):
     At each step, while the plan has a step left that it has not tried, it goes on with that with probability `follow`;
     after that, or without a plan, it goes on with the task's next true subgoal with probability `skill`. Otherwise it
     does something at random: a listed command, or one of `idle`. A step of a plan that it does not understand it tries
-    as it stands, which costs an action. Chance depends on task, seed and step alone.
+    as it stands, which costs an action. What a step leaves open no plan tells it: it does such a step with probability
+    `skill`. Chance depends on task, seed and step alone.
     """
 
     def __init__(
@@ -140,6 +141,8 @@ class ScriptedExecutor(Executor):
         certain = self._follow
         if subgoal is None:
             subgoal, certain = self._pending(self._guide.subgoals(context.task), context), self._skill
+        elif is_open(subgoal):
+            certain = self._skill
         if subgoal is not None and chance.random() < certain:
             return self._guide.next_action(context, subgoal) or subgoal
         options = context.commands or self._idle

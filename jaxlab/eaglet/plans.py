@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 _TAG = re.compile(r"</?(?:think|plan)>")
@@ -11,6 +11,8 @@ _MOVE = re.compile(
     r"(go|walk|run|teleport)\b.*|north|south|east|west|(open|close) door to .*|look( around)?|inventory|examine .*"
 )
 _INSTANCE = re.compile(r"\s+\d+\b|\s*\([^()]*\)")
+OPEN = "something"
+"""In a step of a plan: what the executor has to find out."""
 _OFFER = "This plan may help you:"
 
 
@@ -165,3 +167,31 @@ def subgoals(actions: Sequence[str]) -> list[str]:
     The last action is a step whatever it is.
     """
     return list({number: describe(action) for number, action in zip(owners(actions), actions)}.values())
+
+
+def leave_open(steps: Sequence[str], told: Callable[[str], Collection[str]]) -> list[str]:
+    """Steps of a plan with each run of words that are not told as `OPEN`; of equal neighbours one.
+
+    Args:
+      steps: of a plan.
+      told: the words that steps may have beside their first, which it gets.
+    """
+    made: list[str] = []
+    for step in steps:
+        verb, *words = step.split()
+        said = [verb, *(word if word in told(verb) else OPEN for word in words)]
+        short = " ".join(word for word, before in zip(said, ["", *said]) if (word, before) != (OPEN, OPEN))
+        made += [] if made[-1:] == [short] else [short]
+    return made
+
+
+def is_open(step: str) -> bool:
+    """Whether a step leaves something open."""
+    return OPEN in step.split()
+
+
+def says(step: str, name: str) -> bool:
+    """Whether a step of a plan says an action of this name, which may fill in what the step leaves open."""
+    if not is_open(step):
+        return step == name
+    return re.fullmatch(re.escape(step).replace(OPEN, ".+"), name) is not None

@@ -42,6 +42,7 @@ METHODS = {
     "dpo": "DPO on best and worst plans",
     "packaged": "the package's planner",
     "best_of": "best of 8 (oracle)",
+    "gold_told": "gold plan as far as the task tells",
     "gold": "gold plan",
 }
 _REWARDS: dict[str, Any] = {"grpo": "gain", "grpo_expert": "expert", "grpo_novice": "novice", "grpo_success": "success"}
@@ -59,6 +60,7 @@ class StudyConfig:
       planner: sizes of the decoder that plans.
       corruption: probability of a fault in a plan that the cold start gets to see.
       restate: the thinking of these plans repeats the task.
+      open_steps: they leave open what the task does not tell, as in `GoldPathPlanSource`; so do plans of another type.
       filter_seeds: episodes of each executor that the filter judges a plan by.
       sft: the cold start.
       grpo: the reinforcement; its `reward` is the method's, and its `max_completion_length` that of every output.
@@ -74,6 +76,7 @@ class StudyConfig:
     planner: Sizes = dataclasses.field(default_factory=Sizes)
     corruption: int | float = 0.5
     restate: bool = True
+    open_steps: bool = False
     filter_seeds: tuple[int, ...] = (0, 1)
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
     grpo: PlanGRPOConfig = dataclasses.field(default_factory=PlanGRPOConfig)
@@ -156,7 +159,13 @@ class Study:
     def gold(self) -> GoldPathPlanSource:
         """Plans of the solutions, some with a fault."""
         config = self.config
-        return GoldPathPlanSource(self.env, corruption=config.corruption, seed=config.seed, restate=config.restate)
+        return GoldPathPlanSource(
+            self.env,
+            corruption=config.corruption,
+            seed=config.seed,
+            restate=config.restate,
+            open_steps=config.open_steps,
+        )
 
     def plans(self, source: PlanSource | None = None) -> list[tuple[Task, Plan]]:
         """A plan for each training task, from `plans.jsonl` or a source; None: `gold`."""
@@ -236,10 +245,10 @@ class Study:
         check_method("method", method, self.config.world)
         if method == "none":
             return None
-        gold = GoldPathPlanSource(self.env)
-        if method == "gold":
-            return gold
+        if method in ("gold", "gold_told"):
+            return GoldPathPlanSource(self.env, open_steps=method == "gold_told")
         if method == "other_type":
+            gold = GoldPathPlanSource(self.env, open_steps=self.config.open_steps)
             return ShuffledPlans(gold, self.held_out[split], seed=self.config.seed)
         if method == "packaged":
             return Planner.load()

@@ -1,6 +1,7 @@
 """Plans before there is a planner: from a strong model that has seen the solution, or from the solution itself."""
 
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from jaxlab.core import jsonl
 from jaxlab.eaglet.envs.base import Task, TextEnv
-from jaxlab.eaglet.plans import Plan, format_plan, subgoals
+from jaxlab.eaglet.plans import Plan, format_plan, leave_open, subgoals
 from jaxlab.inference import Client, EndpointError
 
 _PROMPT = """You write plans for an agent that acts in a text environment. Below are a task and, for your eyes only,
@@ -52,9 +53,17 @@ class GoldPathPlanSource:
     With probability `corruption` a plan has one fault, drawn at random: a step is left out, two neighbouring steps are
     swapped, or a step of another task stands in the place of one. `fault(task)` tells which. What is drawn depends on
     the seed and the task alone.
+
+    A solution names what its task does not tell, such as the wire that happens to lie there, and who reads the task
+    alone can only invent it. With `open_steps` such words become "something", which executors have to find out. A word
+    is told where more than half of the other training tasks of the type have it in their solutions, of those whose
+    instructions have the word if this one's does, else of those that have it not; without any such task, where the
+    instruction has it. In an action that may be fatal it takes more than four in five of them.
     """
 
-    def __init__(self, env: TextEnv, *, corruption: float = 0.0, seed: int = 0, restate: bool = True):
+    def __init__(
+        self, env: TextEnv, *, corruption: float = 0.0, seed: int = 0, restate: bool = True, open_steps: bool = False
+    ):
         """Takes gold actions from an environment.
 
         Args:
@@ -62,6 +71,7 @@ class GoldPathPlanSource:
           corruption: probability of a fault.
           seed: of the faults.
           restate: the thinking repeats the task, which makes a long instruction's output twice as long and more.
+          open_steps: leave open what the task does not tell.
 
         Raises:
           ValueError: a probability outside [0, 1].
@@ -69,7 +79,9 @@ class GoldPathPlanSource:
         if not 0 <= corruption <= 1:
             raise ValueError(f"corruption: expected a probability, got {corruption}")
         self._env, self._corruption, self._seed, self._restate = env, corruption, seed, restate
+        self._open_steps = open_steps
         self._tasks: dict[str, list[Task]] = {}
+        self._known: dict[str, list[tuple[str, set[str], set[str]]]] = {}  # by type: task, words told, words used
 
     def __call__(self, task: Task) -> Plan:
         """The plan, right or broken."""
@@ -81,7 +93,7 @@ class GoldPathPlanSource:
         return self._steps(task)[1]
 
     def _steps(self, task: Task) -> tuple[list[str], str | None]:
-        steps = subgoals(self._env.gold_actions(task))
+        steps = self._right(task)
         chance = np.random.default_rng((self._seed, zlib.crc32(task.id.encode())))
         if chance.random() >= self._corruption:
             return steps, None
@@ -103,7 +115,36 @@ class GoldPathPlanSource:
             self._tasks[task.split] = self._env.tasks(task.split)
         known = [other for other in self._tasks[task.split] if other.id != task.id]
         known = [other for other in known if other.type != task.type] or known
-        return subgoals(self._env.gold_actions(known[chance.integers(len(known))])) if known else []
+        return self._right(known[chance.integers(len(known))]) if known else []
+
+    def _right(self, task: Task) -> list[str]:
+        """Steps without a fault."""
+        steps = subgoals(self._env.gold_actions(task))
+        if not self._open_steps:
+            return steps
+        usual, sure = (self._told(task, steps, share) for share in (_USUAL, _SURE))
+        return leave_open(steps, lambda verb: sure if verb in self._env.fatal else usual)
+
+    def _told(self, task: Task, steps: Sequence[str], share: float) -> set[str]:
+        """The words of steps that the task tells, by itself or as one of its type."""
+        if not self._known:
+            for other in self._env.tasks("train"):
+                used = set(" ".join(subgoals(self._env.gold_actions(other))).split())
+                self._known.setdefault(other.type, []).append((other.id, _words(other.instruction), used))
+        mine, told = _words(task.instruction), set()
+        others = [words for name, *words in self._known.get(task.type, []) if name != task.id]
+        for word in set(" ".join(steps).split()):
+            alike = [word in used for said, used in others if (word in said) == (word in mine)]
+            if np.mean(alike) > share if alike else word in mine:
+                told.add(word)
+        return told
+
+
+_USUAL, _SURE = 0.5, 0.8
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[\w-]+", text))
 
 
 class OpenAIPlanSource:

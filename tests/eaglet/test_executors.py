@@ -21,6 +21,7 @@ from jaxlab.eaglet import (
     PlanSourceError,
     ScriptedExecutor,
     ServedExecutor,
+    Task,
     evaluate,
     executor_prompt,
     rollout,
@@ -105,6 +106,18 @@ def test_gold_actions_guide_through_any_environment():
     assert len({act(clueless, commands=tuple("abcdef"), seed=3) for _ in range(5)}) == 1
 
 
+def test_what_a_plan_leaves_open_takes_skill():
+    guide = GoldGuide({TASK.id: GOLD})
+    plan = "Step 1: take something Step 2: drop cup"
+    knows = ScriptedExecutor("x", guide, skill=1.0)
+    assert act(knows, plan) == "go to hall"
+    assert act(knows, plan, GOLD[:1]) == "take cup 2"
+    clueless = ScriptedExecutor("y", guide, skill=0.0)
+    assert {act(clueless, plan, seed=seed) for seed in range(9)} == {"look around"}
+    assert act(clueless, plan, GOLD[:2]) == "drop cup 2"  # whatever was taken, that step is done
+    assert act(knows, "Step 1: sing something") == "sing something"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"skill": 1.5}, "skill"), ({"skill": 0.5, "follow": -1}, "follow"), ({"skill": 0.5, "idle": ()}, "idle")],
@@ -136,6 +149,37 @@ def test_plans_from_gold_and_their_faults():
     assert 0.3 < share < 0.7
     with pytest.raises(ValueError, match="corruption: expected a probability, got 2"):
         GoldPathPlanSource(env, corruption=2)
+
+
+class Wires(EchoEnv):
+    """Six lamps of two makes, each with the wire that happens to be there."""
+
+    fatal = ("focus",)
+    wires = ("red", "red", "blue", "red", "red", "green")
+
+    def _tasks(self, split):
+        makes = [("lamp", f"Light the lamp {k}.") for k in range(5)] + [("fan", "Start the fan by its cord.")]
+        return [Task(f"{make}-{k}", told, 9, make, split, {"k": k}) for k, (make, told) in enumerate(makes)]
+
+    def gold_actions(self, task):
+        wire = self.wires[task.data["k"]]
+        if task.type == "fan":
+            return [f"take {wire} cord"]
+        return ["take battery 2", f"take {wire} wire", f"focus on {wire} lamp"]
+
+
+def test_plans_say_what_can_be_told():
+    """What most of a type have is told, but not where a mistake is fatal; of a type of one, what its task says."""
+    env = Wires()
+    lamps, fan = env.tasks("train")[:5], env.tasks("train")[5]
+    write = GoldPathPlanSource(env, open_steps=True)
+    usual = "Step 1: take battery Step 2: take red wire Step 3: focus on something lamp"
+    assert write(lamps[0]).plan == usual
+    assert write(lamps[2]).plan == usual.replace("red", "something")
+    assert write(fan).plan == "Step 1: take something cord"
+    assert GoldPathPlanSource(env)(lamps[0]).plan == usual.replace("something", "red")
+    broken = GoldPathPlanSource(env, corruption=1.0, open_steps=True)
+    assert {broken.fault(task) for task in env.tasks("train")} <= {"drop", "swap", "foreign"}
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):

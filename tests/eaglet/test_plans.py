@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlab.eaglet import Plan, format_plan, format_reward, parse_plan, plan_steps
-from jaxlab.eaglet.plans import offer, offered, owners, subgoals
+from jaxlab.eaglet.plans import is_open, leave_open, offer, offered, owners, says, subgoals
 
 words = st.text(st.characters(blacklist_characters="<>", blacklist_categories=("Cs", "Cc")), min_size=1).filter(
     str.strip
@@ -106,3 +106,22 @@ def test_gold_actions_as_steps():
     assert owners(gold) == [0, 0, 0, 1, 1, 1, 2]
     assert subgoals(["take key", "go east"]) == ["take key", "go east"]
     assert subgoals([]) == []
+
+
+def test_what_is_not_told_is_left_open():
+    steps = ["connect battery to red wire", "connect battery to black wire", "focus on red lamp", "wait"]
+    told = {"battery", "to", "wire", "on", "lamp"}
+    opened = ["connect battery to something wire", "focus on something lamp", "wait"]
+    assert leave_open(steps, lambda verb: told) == opened
+    assert leave_open(steps, lambda verb: told if verb == "connect" else ()) == [opened[0], "focus something", "wait"]
+    assert leave_open(["take the old red cup"], lambda verb: ("cup",)) == ["take something cup"]
+    assert [is_open(step) for step in opened] == [True, True, False]
+    assert not is_open("find somethings")
+
+
+def test_open_steps_say_many_actions():
+    assert says("take cup", "take cup")
+    assert not says("take cup", "take cups")
+    assert says("connect battery to something wire", "connect battery to long red wire")
+    assert not says("connect battery to something wire", "connect battery to wire")
+    assert not says("take something (big)", "take cup big")

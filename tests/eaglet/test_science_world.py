@@ -40,6 +40,8 @@ def test_without_java_one_clear_error(monkeypatch):
     [
         (lambda: ScienceWorldEnv(observe=("smell",)), "observe: expected names among look, inventory, valid_actions"),
         (lambda: ScienceWorldEnv(per_type=0), "per_type: expected None or at least 1"),
+        (lambda: ScienceWorldEnv(unseen_types=("boil", "swim")), "unseen_types: expected names among boil, .*'swim'"),
+        (lambda: ScienceWorldEnv(unseen_types=("mendelian-genetics-known-plant",)), "unseen_types: expected names"),
         (lambda: ScienceWorldEnv().task("task-1-boil", 0), "name: expected one of boil, change"),
         (lambda: ScienceWorldEnv().task("boil", 30), "variation: expected 0 to 29 for boil, got 30"),
         (lambda: ScienceWorldEnv().tasks("dev"), "split: expected one of train, seen, unseen"),
@@ -68,6 +70,11 @@ def test_splits(monkeypatch, tmp_path):
     assert {task.type: task.max_steps for task in sizes["unseen"]}["boil"] == 100
     assert len({task.type for task in sizes["unseen"]}) == 24
     assert len(ScienceWorldEnv(per_type=2).tasks("train")) == 48
+    parted = ScienceWorldEnv(per_type=2, unseen_types=("boil", "melt"))
+    types = {split: [task.type for task in parted.tasks(split)] for split in sizes}
+    assert types["unseen"] == ["boil", "boil", "melt", "melt"]
+    assert len(types["train"]) == len(types["seen"]) == 44
+    assert not {"boil", "melt"} & {*types["train"], *types["seen"]}
 
 
 @needs_java
@@ -96,6 +103,10 @@ def test_the_simulator(tmp_path, monkeypatch):
         assert env.step("wait")[3]["ticks"] == 10
         gold = env.gold_actions(task)  # in the middle of an episode, which goes on after it
         assert env.step("wait1")[3]["ticks"] == 1
+        monkeypatch.setattr(ScienceWorldEnv, "_start", None)  # another process finds the path in the cache
+        assert ScienceWorldEnv().gold_actions(task) == gold
+        monkeypatch.undo()
+        monkeypatch.setattr(science_world, "_cache", lambda: tmp_path)
         assert not [action for action in gold if action.startswith("go to")]
         got = rollout(env, ScriptedExecutor("gold", GoldGuide({task.id: gold}), skill=1.0), task)
         assert (got.reward, got.done, got.steps <= task.max_steps) == (1.0, True, True)

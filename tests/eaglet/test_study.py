@@ -66,6 +66,10 @@ def test_stages_are_read_again(report, folder, monkeypatch):
     assert len(study.plans()) == 8
     assert study.kept() == study.filtered().kept
     assert study.source("packaged", "seen").max_tokens == 48
+    for split, told in (("seen", "use forge"), ("unseen", "use something")):  # by tasks of its type, if there are any
+        task = study.held_out[split][0]
+        assert study.source("gold_told", split)(task).plan.startswith(f"Step 1: {told}")
+        assert "something" not in study.source("gold", split)(task).plan
     with pytest.raises(ValueError, match="method: expected one with plans"):
         study.rewards("none", "seen")
     with pytest.raises(ValueError, match=r"corruption: .* has a study with 0.9, got 0.1; use another folder"):
@@ -164,7 +168,8 @@ def test_the_evidence_begins(tmp_path, monkeypatch):
     from benchmarks.evidence import eaglet as evidence
 
     names = [item.name for item in evidence.items()]
-    assert len(set(names)) == len(names) == 2 * (12 + 7 + 7 + 6) + 4 + len(evidence.FAULTY) + len(evidence.ALPHAS) + 1
+    rows = 2 * (12 + 7 + 7 + 8) + 4 + 3
+    assert len(set(names)) == len(names) == rows + len(evidence.FAULTY) + len(evidence.ALPHAS) + 1
     monkeypatch.setattr(evidence, "WORK", tmp_path)
     monkeypatch.setattr(evidence, "WORLDS", {"grid": ("", CHANGES, ("none", "gold"), (0, 1))})
     rows = [evidence._row("grid", "seen", method) for method in ("none", "gold")]
@@ -173,11 +178,23 @@ def test_the_evidence_begins(tmp_path, monkeypatch):
     assert rows[1]["R_final"] > 2
     told = evidence._filter("grid")
     assert 0 <= told["faulty after"] <= 1
+    curves = [1.0, 2.0, 3.0] * 10, [3.0, 4.0, 5.0] * 10
+    for seed, rewards in enumerate(curves):
+        core.jsonl.rewrite(study_folder(tmp_path, seed) / "metrics.jsonl", [{"reward": reward} for reward in rewards])
+    monkeypatch.setattr(Study, "planner", lambda self, method: method)
+    assert evidence._curve("grid") == {"updates": 30, **dict.fromkeys(evidence._TENTHS, 3.0)}
     monkeypatch.setattr(evidence, "FOLDER", tmp_path)
     made = {f"grid, seen, {row['plans']}": {"row": row} for row in rows} | {"corruption 0.5": {"row": told}}
+    made["grid, rewards"] = {"row": {"world": "Grid world, scripted", **evidence._curve("grid")}}
     (tmp_path / "eaglet.json").write_text(json.dumps({"items": made}))
     evidence.pages()
-    assert all((tmp_path / f"eaglet_{name}.png").stat().st_size for name in ("grid_seen", "filter"))
+    assert all((tmp_path / f"eaglet_{name}.png").stat().st_size for name in ("grid_seen", "filter", "rewards"))
+
+
+def study_folder(tmp_path, seed):
+    folder = tmp_path / "grid" / str(seed) / "runs" / "grpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def test_tasks_of_all_types_come_in_turn():

@@ -33,7 +33,12 @@ class TextEnv:
 
     The reward is a state, not an increment: the best score of the episode so far, in [0, 1], or -1 after a fatal
     action. A subclass has `_tasks`, `_reset` and `_step`, and `gold_actions`, `commands` and `close` where it can.
+
+    Attributes:
+      fatal: first words of actions that end an episode where they are done to the wrong thing.
     """
+
+    fatal: tuple[str, ...] = ()
 
     def __init__(self):
         self._running = False

@@ -72,12 +72,15 @@ class ScienceWorldEnv(TextEnv):
     seed, and now and then the same actions complete a task a moment earlier or later.
     """
 
+    fatal = ("focus",)
+
     def __init__(
         self,
         simplification: str = "easy",
         observe: Sequence[str] = (),
         *,
         per_type: int | None = None,
+        unseen_types: Sequence[str] = (),
         list_commands: bool = True,
     ):
         """Starts nothing.
@@ -86,11 +89,12 @@ class ScienceWorldEnv(TextEnv):
           simplification: the package's, comma-separated; "easy" is all of them, and brings the teleport action.
           observe: what `info` shows besides, each for a call more a step: "look", "inventory", "valid_actions".
           per_type: at most so many variations of each type in a split, "train" too.
+          unseen_types: types that "unseen" alone has, and then no others; none: all splits have all types.
           list_commands: False: `commands` is empty, as if nothing were known, which episodes do several times faster.
 
         Raises:
           MissingExtra: the package is not installed.
-          ValueError: something unknown to observe, or `per_type` below 1.
+          ValueError: something unknown to observe, `per_type` below 1, or a type that the splits do not have.
         """
         super().__init__()
         self._package = require("scienceworld", "agents")
@@ -99,7 +103,12 @@ class ScienceWorldEnv(TextEnv):
                 raise ValueError(f"observe: expected names among {', '.join(_EXTRAS)}, got {name!r}")
         if per_type is not None and per_type < 1:
             raise ValueError(f"per_type: expected None or at least 1, got {per_type}")
+        used = [name for name, (*_, cap) in _TYPES.items() if cap is not None]
+        for name in unseen_types:
+            if name not in used:
+                raise ValueError(f"unseen_types: expected names among {', '.join(used)}, got {name!r}")
         self._simplification, self._observe, self._per_type = simplification, tuple(observe), per_type
+        self._unseen_types = tuple(unseen_types)
         self._list_commands = list_commands
         self._simulator: Any = None
         self._server: Any = None
@@ -131,8 +140,7 @@ class ScienceWorldEnv(TextEnv):
 
     def _tasks(self, split: str) -> list[Task]:
         wanted = list(self._variations(split))
-        version = getattr(self._package, "__version__", "")
-        store = _cache() / f"scienceworld-{version}-{self._simplification.replace(',', '+')}-{split}.jsonl"
+        store = self._store(split)
         self._instructions |= {(name, variation): text for name, variation, text in jsonl.read(store)}
         missing = [pair for pair in wanted if pair not in self._instructions]
         for name, variation in progress(missing, "instructions of ScienceWorld"):
@@ -143,12 +151,18 @@ class ScienceWorldEnv(TextEnv):
             jsonl.rewrite(store, [[*pair, self._instructions[pair]] for pair in mine if pair in self._instructions])
         return [self.task(name, variation) for name, variation in wanted]
 
+    def _store(self, what: str) -> Path:
+        """The file that keeps something of this package and simplification for later processes."""
+        version = getattr(self._package, "__version__", "")
+        return _cache() / f"scienceworld-{version}-{self._simplification.replace(',', '+')}-{what}.jsonl"
+
     def _variations(self, split: str, *, everything: bool = False):
         for name, (train, dev, total, cap) in _TYPES.items():
             first, last = {"train": (0, train), "seen": (train, train + dev), "unseen": (train + dev, total)}[split]
             limit = self._per_type or (total if split == "train" else _PER_TYPE)
             last = last if everything else min(last, first + limit)
-            if cap is not None:
+            elsewhere = bool(self._unseen_types) and (name in self._unseen_types) != (split == "unseen")
+            if cap is not None and (everything or not elsewhere):
                 yield from ((name, variation) for variation in range(first, last))
 
     def _reset(self, task: Task, seed: int) -> str:
@@ -180,15 +194,18 @@ class ScienceWorldEnv(TextEnv):
     def gold_actions(self, task: Task) -> list[str]:
         """The package's path up to the action that completes the task, with walks through doors replaced by teleports.
 
-        That is tried out first; a path that no longer leads there keeps its walks. Another process may find another
-        path, so keep the actions where a run must repeat.
+        That is tried out first; a path that no longer leads there keeps its walks. Another Java process may find
+        another path, so the first one found is kept in the user's cache, and later processes have the same.
         """
+        if not self._gold:
+            self._gold = dict(reversed(jsonl.read(self._store("gold"))))
         if task.id not in self._gold:
             self._load(task, gold=True)
             path = [str(action) for action in self._server.getGoldActionSequence()]
             teleports = {"easy", "teleportAction"} & set(self._simplification.split(","))
             found = self._replay(task, shortcut(path)) if teleports else None
             self._gold[task.id] = found or self._replay(task, path) or path
+            jsonl.append(self._store("gold"), [task.id, self._gold[task.id]])
             self._restore()
         return list(self._gold[task.id])
 
