@@ -47,10 +47,10 @@ QUESTS = (
     "grpo.max_completion_length=80",
 )
 SCIENCE = (
-    "world={name: science_world, options: {per_type: 10, list_commands: false, unseen_types: ["
+    "world={name: science_world, options: {per_type: 12, list_commands: false, unseen_types: ["
     "chemistry-mix-paint-tertiary-color, find-plant, grow-plant, identify-life-stages-2, lifespan-shortest-lived, "
     "melt, power-component-renewable-vs-nonrenewable-energy, test-conductivity-of-unknown-substances]}, held_out: 48}",
-    "planner={hidden_size: 64, layers: 2, heads: 4, context: 640}",
+    "planner={hidden_size: 64, layers: 3, heads: 4, context: 640}",
     "corruption=0.3",
     "restate=false",
     "open_steps=true",
@@ -67,12 +67,18 @@ SCIENCE = (
 """Unseen types: the last one, by name, of each family of types of which there are several."""
 COLD = ("none", "untrained", "other_type", "sft_all", "sft")
 TRAINED = (*COLD, "grpo")
+TOLD = ("none", "other_type", "sft", "grpo", "gold_told", "gold")
 ABLATED = ("grpo_expert", "grpo_novice", "grpo_success", "dpo", "best_of")
 WORLDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[int, ...]]] = {
     "grid": ("Grid world, scripted executors", (), (*TRAINED, *ABLATED, "gold"), SEEDS),
     "grid_decoders": ("Grid world, cloned decoders as executors", DECODERS, (*TRAINED, "gold"), (0,)),
     "text_world": ("TextWorld, scripted executors", QUESTS, (*TRAINED, "gold"), (0,)),
-    "science_world": ("ScienceWorld, scripted executors", SCIENCE, (*TRAINED, "gold_told", "gold"), (0,)),
+    "science_world": (
+        "ScienceWorld, scripted executors",
+        SCIENCE,
+        TOLD,
+        (0,),
+    ),
 }
 """Name -> title, what is different from `configs/eaglet/study.yaml`, methods, seeds."""
 ALPHAS = (0.0, 0.01, 0.05, 0.1)

@@ -90,7 +90,8 @@ class GoldGuide:
         done = 0
         for action, _ in context.history:
             done += done < len(gold) and action == gold[done]
-        called = [k for k, action in enumerate(gold) if says(subgoal, describe(action))]
+        told = context.task.instruction
+        called = [k for k, action in enumerate(gold) if says(subgoal, describe(action), told)]
         if not called:
             return None
         ahead = [k for k in called if k >= done]
@@ -108,8 +109,8 @@ class ScriptedExecutor(Executor):
     At each step, while the plan has a step left that it has not tried, it goes on with that with probability `follow`;
     after that, or without a plan, it goes on with the task's next true subgoal with probability `skill`. Otherwise it
     does something at random: a listed command, or one of `idle`. A step of a plan that it does not understand it tries
-    as it stands, which costs an action. What a step leaves open no plan tells it: it does such a step with probability
-    `skill`. Chance depends on task, seed and step alone.
+    as it stands, which costs an action. "It" in a step is what the task names; "something" nobody tells, and such a
+    step is done with probability `skill`. Chance depends on task, seed and step alone.
     """
 
     def __init__(

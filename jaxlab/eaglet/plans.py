@@ -13,6 +13,8 @@ _MOVE = re.compile(
 _INSTANCE = re.compile(r"\s+\d+\b|\s*\([^()]*\)")
 OPEN = "something"
 """In a step of a plan: what the executor has to find out."""
+NAMED = "it"
+"""In a step of a plan: what the task, which the executor reads as well, names."""
 _OFFER = "This plan may help you:"
 
 
@@ -169,29 +171,46 @@ def subgoals(actions: Sequence[str]) -> list[str]:
     return list({number: describe(action) for number, action in zip(owners(actions), actions)}.values())
 
 
-def leave_open(steps: Sequence[str], told: Callable[[str], Collection[str]]) -> list[str]:
-    """Steps of a plan with each run of words that are not told as `OPEN`; of equal neighbours one.
+def leave_open(steps: Sequence[str], told: Callable[[str], Collection[str]], named: Collection[str]) -> list[str]:
+    """Steps of a plan with runs of words as `NAMED` or `OPEN`; of equal neighbours one.
 
     Args:
       steps: of a plan.
-      told: the words that steps may have beside their first, which it gets.
+      told: the words that steps may have beside their first, which it gets; others become `OPEN`.
+      named: those of them that become `NAMED`.
     """
     made: list[str] = []
     for step in steps:
         verb, *words = step.split()
-        said = [verb, *(word if word in told(verb) else OPEN for word in words)]
-        short = " ".join(word for word, before in zip(said, ["", *said]) if (word, before) != (OPEN, OPEN))
+        known = told(verb)
+        said = [verb, *((NAMED if word in named else word) if word in known else OPEN for word in words)]
+        runs = [word for word, before in zip(said, ["", *said]) if word != before or word not in (NAMED, OPEN)]
+        short = " ".join(runs)
         made += [] if made[-1:] == [short] else [short]
     return made
 
 
 def is_open(step: str) -> bool:
-    """Whether a step leaves something open."""
+    """Whether a step leaves something open that the task does not name either."""
     return OPEN in step.split()
 
 
-def says(step: str, name: str) -> bool:
-    """Whether a step of a plan says an action of this name, which may fill in what the step leaves open."""
-    if not is_open(step):
+def says(step: str, name: str, instruction: str | None = None) -> bool:
+    """Whether a step of a plan says an action of this name, which may fill in what the step leaves open.
+
+    Args:
+      step: of a plan.
+      name: of an action.
+      instruction: what `NAMED` is filled in from; None: from anything.
+    """
+    if not {NAMED, OPEN} & set(step.split()):
         return step == name
-    return re.fullmatch(re.escape(step).replace(OPEN, ".+"), name) is not None
+    holes = "(.+)" if instruction is not None else ".+"
+    words = ({NAMED: holes, OPEN: ".+"}.get(word, re.escape(word)) for word in step.split())
+    found = re.fullmatch(" ".join(words), name)
+    return found is not None and set(" ".join(found.groups()).split()) <= words_of(instruction or "")
+
+
+def words_of(instruction: str) -> set[str]:
+    """The words of an instruction, without signs."""
+    return set(re.findall(r"[\w-]+", instruction))

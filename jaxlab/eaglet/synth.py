@@ -1,7 +1,6 @@
 """Plans before there is a planner: from a strong model that has seen the solution, or from the solution itself."""
 
 import os
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxlab.core import jsonl
 from jaxlab.eaglet.envs.base import Task, TextEnv
-from jaxlab.eaglet.plans import Plan, format_plan, leave_open, subgoals
+from jaxlab.eaglet.plans import Plan, format_plan, leave_open, subgoals, words_of
 from jaxlab.inference import Client, EndpointError
 
 _PROMPT = """You write plans for an agent that acts in a text environment. Below are a task and, for your eyes only,
@@ -58,7 +57,9 @@ class GoldPathPlanSource:
     alone can only invent it. With `open_steps` such words become "something", which executors have to find out. A word
     is told where more than half of the other training tasks of the type have it in their solutions, of those whose
     instructions have the word if this one's does, else of those that have it not; without any such task, where the
-    instruction has it. In an action that may be fatal it takes more than four in five of them.
+    instruction has it. In an action that may be fatal it takes more than four in five of them. Told words that come
+    from the instruction, and that less than half of the type's other instructions have, become "it": executors read
+    the task as well, and a small planner cannot spell names that it has never seen.
     """
 
     def __init__(
@@ -123,15 +124,19 @@ class GoldPathPlanSource:
         if not self._open_steps:
             return steps
         usual, sure = (self._told(task, steps, share) for share in (_USUAL, _SURE))
-        return leave_open(steps, lambda verb: sure if verb in self._env.fatal else usual)
+        said = [said for name, said, _ in self._known.get(task.type, []) if name != task.id]
+        named = {
+            word for word in words_of(task.instruction) if sum(word in words for words in said) <= _USUAL * len(said)
+        }
+        return leave_open(steps, lambda verb: sure if verb in self._env.fatal else usual, named)
 
     def _told(self, task: Task, steps: Sequence[str], share: float) -> set[str]:
         """The words of steps that the task tells, by itself or as one of its type."""
         if not self._known:
             for other in self._env.tasks("train"):
                 used = set(" ".join(subgoals(self._env.gold_actions(other))).split())
-                self._known.setdefault(other.type, []).append((other.id, _words(other.instruction), used))
-        mine, told = _words(task.instruction), set()
+                self._known.setdefault(other.type, []).append((other.id, words_of(other.instruction), used))
+        mine, told = words_of(task.instruction), set()
         others = [words for name, *words in self._known.get(task.type, []) if name != task.id]
         for word in set(" ".join(steps).split()):
             alike = [word in used for said, used in others if (word in said) == (word in mine)]
@@ -141,10 +146,6 @@ class GoldPathPlanSource:
 
 
 _USUAL, _SURE = 0.5, 0.8
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[\w-]+", text))
 
 
 class OpenAIPlanSource:

@@ -116,6 +116,10 @@ def test_what_a_plan_leaves_open_takes_skill():
     assert {act(clueless, plan, seed=seed) for seed in range(9)} == {"look around"}
     assert act(clueless, plan, GOLD[:2]) == "drop cup 2"  # whatever was taken, that step is done
     assert act(knows, "Step 1: sing something") == "sing something"
+    reads = ScriptedExecutor("z", GoldGuide({TASK.id: ("say no", "say yes")}), skill=0.0)
+    assert TASK.instruction == "Say yes."
+    assert act(reads, "Step 1: say it") == "say yes"
+    assert act(reads, "Step 1: sing it") == "sing it"
 
 
 @pytest.mark.parametrize(
@@ -158,26 +162,27 @@ class Wires(EchoEnv):
     wires = ("red", "red", "blue", "red", "red", "green")
 
     def _tasks(self, split):
-        makes = [("lamp", f"Light the lamp {k}.") for k in range(5)] + [("fan", "Start the fan by its cord.")]
+        makes = [("lamp", f"Light the lamp {letter}.") for letter in "abcde"] + [("fan", "Start the fan by its cord.")]
         return [Task(f"{make}-{k}", told, 9, make, split, {"k": k}) for k, (make, told) in enumerate(makes)]
 
     def gold_actions(self, task):
         wire = self.wires[task.data["k"]]
         if task.type == "fan":
             return [f"take {wire} cord"]
-        return ["take battery 2", f"take {wire} wire", f"focus on {wire} lamp"]
+        return ["take battery 2", f"take {wire} wire", f"turn {'abcde'[task.data['k']]} up", f"focus on {wire} lamp"]
 
 
 def test_plans_say_what_can_be_told():
-    """What most of a type have is told, but not where a mistake is fatal; of a type of one, what its task says."""
+    """What most of a type have is told, but not where a mistake is fatal; a name in one task alone is "it"."""
     env = Wires()
     lamps, fan = env.tasks("train")[:5], env.tasks("train")[5]
     write = GoldPathPlanSource(env, open_steps=True)
-    usual = "Step 1: take battery Step 2: take red wire Step 3: focus on something lamp"
+    usual = "Step 1: take battery Step 2: take red wire Step 3: turn it up Step 4: focus on something lamp"
     assert write(lamps[0]).plan == usual
     assert write(lamps[2]).plan == usual.replace("red", "something")
-    assert write(fan).plan == "Step 1: take something cord"
-    assert GoldPathPlanSource(env)(lamps[0]).plan == usual.replace("something", "red")
+    assert write(fan).plan == "Step 1: take something it"
+    assert write(lamps[0]).plan == write(lamps[1]).plan
+    assert GoldPathPlanSource(env)(lamps[0]).plan == usual.replace("something", "red").replace("it", "a")
     broken = GoldPathPlanSource(env, corruption=1.0, open_steps=True)
     assert {broken.fault(task) for task in env.tasks("train")} <= {"drop", "swap", "foreign"}
 

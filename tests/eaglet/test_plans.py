@@ -112,10 +112,13 @@ def test_what_is_not_told_is_left_open():
     steps = ["connect battery to red wire", "connect battery to black wire", "focus on red lamp", "wait"]
     told = {"battery", "to", "wire", "on", "lamp"}
     opened = ["connect battery to something wire", "focus on something lamp", "wait"]
-    assert leave_open(steps, lambda verb: told) == opened
-    assert leave_open(steps, lambda verb: told if verb == "connect" else ()) == [opened[0], "focus something", "wait"]
-    assert leave_open(["take the old red cup"], lambda verb: ("cup",)) == ["take something cup"]
-    assert [is_open(step) for step in opened] == [True, True, False]
+    assert leave_open(steps, lambda verb: told, ()) == opened
+    fatal = leave_open(steps, lambda verb: told if verb == "connect" else (), ())
+    assert fatal == [opened[0], "focus something", "wait"]
+    assert leave_open(["take the old red cup"], lambda verb: ("cup",), ("red",)) == ["take something cup"]
+    named = leave_open(["take the old red cup", "drop red red cup"], lambda verb: ("cup", "red"), ("red",))
+    assert named == ["take something it cup", "drop it cup"]
+    assert [is_open(step) for step in [*opened, *named]] == [True, True, False, True, False]
     assert not is_open("find somethings")
 
 
@@ -125,3 +128,8 @@ def test_open_steps_say_many_actions():
     assert says("connect battery to something wire", "connect battery to long red wire")
     assert not says("connect battery to something wire", "connect battery to wire")
     assert not says("take something (big)", "take cup big")
+    assert says("take it", "take red cup", "Bring the red cup.")
+    assert not says("take it", "take blue cup", "Bring the red cup.")
+    assert says("take it", "take blue cup")
+    assert says("put it in something", "put cup in blue box", "Bring the cup.")
+    assert not says("take", "take cup", "Bring the cup.")

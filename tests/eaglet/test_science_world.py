@@ -70,6 +70,8 @@ def test_splits(monkeypatch, tmp_path):
     assert {task.type: task.max_steps for task in sizes["unseen"]}["boil"] == 100
     assert len({task.type for task in sizes["unseen"]}) == 24
     assert len(ScienceWorldEnv(per_type=2).tasks("train")) == 48
+    spread = [task.data["variation"] for task in ScienceWorldEnv(per_type=4).tasks("train") if task.type == "boil"]
+    assert spread == [0, 3, 7, 10]
     parted = ScienceWorldEnv(per_type=2, unseen_types=("boil", "melt"))
     types = {split: [task.type for task in parted.tasks(split)] for split in sizes}
     assert types["unseen"] == ["boil", "boil", "melt", "melt"]

@@ -88,7 +88,8 @@ class ScienceWorldEnv(TextEnv):
         Args:
           simplification: the package's, comma-separated; "easy" is all of them, and brings the teleport action.
           observe: what `info` shows besides, each for a call more a step: "look", "inventory", "valid_actions".
-          per_type: at most so many variations of each type in a split, "train" too.
+          per_type: at most so many variations of each type in a split, "train" too, which has them from all over its
+            range: those in a row are alike.
           unseen_types: types that "unseen" alone has, and then no others; none: all splits have all types.
           list_commands: False: `commands` is empty, as if nothing were known, which episodes do several times faster.
 
@@ -160,10 +161,14 @@ class ScienceWorldEnv(TextEnv):
         for name, (train, dev, total, cap) in _TYPES.items():
             first, last = {"train": (0, train), "seen": (train, train + dev), "unseen": (train + dev, total)}[split]
             limit = self._per_type or (total if split == "train" else _PER_TYPE)
-            last = last if everything else min(last, first + limit)
+            chosen = range(first, last)
+            if not everything and split == "train" and limit < len(chosen):
+                chosen = [first + k * len(chosen) // limit for k in range(limit)]
+            elif not everything:
+                chosen = chosen[:limit]
             elsewhere = bool(self._unseen_types) and (name in self._unseen_types) != (split == "unseen")
             if cap is not None and (everything or not elsewhere):
-                yield from ((name, variation) for variation in range(first, last))
+                yield from ((name, variation) for variation in chosen)
 
     def _reset(self, task: Task, seed: int) -> str:
         if "variation" not in task.data:
