@@ -168,7 +168,7 @@ def test_the_evidence_begins(tmp_path, monkeypatch):
     from benchmarks.evidence import eaglet as evidence
 
     names = [item.name for item in evidence.items()]
-    rows = 2 * (12 + 7 + 7 + 8) + 4 + 3
+    rows = 2 * (12 + 7 + 7 + 6) + 4 + 3
     assert len(set(names)) == len(names) == rows + len(evidence.FAULTY) + len(evidence.ALPHAS) + 1
     monkeypatch.setattr(evidence, "WORK", tmp_path)
     monkeypatch.setattr(evidence, "WORLDS", {"grid": ("", CHANGES, ("none", "gold"), (0, 1))})
