@@ -13,7 +13,7 @@ from jaxlab.core.untrusted import read_npz
 from jaxlab.flexgaussian.compressed import dequantize, quantize
 from jaxlab.flexgaussian.config import QuantConfig
 from jaxlab.flexgaussian.container import load_compressed, save_compressed
-from jaxlab.flexgaussian.formats import load_scene, save_scene
+from jaxlab.flexgaussian.formats import load_scene, save_scene, spz
 from jaxlab.flexgaussian.formats.values import byte, logit, sigmoid
 from jaxlab.flexgaussian.morton import morton_order
 from jaxlab.flexgaussian.palettes import palette
@@ -39,8 +39,9 @@ def baseline(
     Args:
       name: "float16": all numbers cast. "uniform8": 8 bits between the least and the largest of a whole tensor,
         positions in float16. "opacity": the most transparent Gaussians pruned, then the paper's quantisation.
-        "lightgaussian": those of the lowest scores pruned, then the same. "spz" and "splat": the formats. "palette":
-        the recipe of .sog and gsplat's PNG: 16-bit logarithmic positions, 8 bits for the rest, k-means of harmonics.
+        "lightgaussian": those of the lowest scores pruned, then the same. "spz" and "splat": the formats; .spz
+        without what lies 2048 and more from an axis' origin, which it cannot hold. "palette": the recipe of .sog and
+        gsplat's PNG: 16-bit logarithmic positions, 8 bits for the rest, k-means of harmonics.
       scene: N Gaussians.
       scores: for "lightgaussian": of `importance_scores`.
       prune_rate: for "opacity" and "lightgaussian": the share that goes.
@@ -87,6 +88,11 @@ def _format(scene: GaussianScene, path: Path, **_: Any) -> tuple[GaussianScene, 
     path = path.with_suffix(f".{path.name}")
     save_scene(path, scene)
     return load_scene(path), path.stat().st_size
+
+
+def _spz(scene: GaussianScene, path: Path, **_: Any) -> tuple[GaussianScene, int]:
+    held = np.abs(scene.means).max(axis=1) < spz.FURTHEST
+    return _format(take(scene, held), path)
 
 
 def _uniform8(scene: GaussianScene, path: Path, **_: Any) -> tuple[GaussianScene, int]:
@@ -160,7 +166,7 @@ BASELINES: dict[str, Callable[..., tuple[GaussianScene, int]]] = {
     "uniform8": _uniform8,
     "opacity": _opacity,
     "lightgaussian": _lightgaussian,
-    "spz": _format,
+    "spz": _spz,
     "splat": _format,
     "palette": _palette,
 }

@@ -55,6 +55,15 @@ def test_palette():
         palette(points, 0)
 
 
+def test_spz_leaves_out_what_it_cannot_hold():
+    scene = random_scene(20, 0)
+    means = scene.means.copy()
+    means[3, 1], means[7, 2], means[9, 0] = 2048, -2500, np.nextafter(np.float32(2047.9997), np.float32(0))
+    read, _ = baseline("spz", scene.replace(means=means))
+    assert read.num_gaussians == 18
+    assert np.abs(read.means).max() == pytest.approx(2047.9997, abs=3e-4)
+
+
 def test_baselines_on_the_disk(tmp_path):
     scene = random_scene(200, 2)
     scores = np.arange(200.0)

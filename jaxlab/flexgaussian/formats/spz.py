@@ -14,6 +14,8 @@ from jaxlab.flexgaussian.unpacking import ZSTD_LIMIT, unpack_zstd
 MAGIC = b"NGSP"
 _HEADER = struct.Struct("<4sIIBBBB")
 _FRACTIONAL_BITS = 12
+FURTHEST = (1 << 23 - _FRACTIONAL_BITS) - 2.0**-_FRACTIONAL_BITS
+"""Coordinates below this can be written."""
 _COLOR_SCALE = 0.15
 _GZIP_LIMIT = 1032
 """Deflate cannot shrink anything further than that."""
