@@ -13,7 +13,7 @@ from jaxlab import recipes
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 VERDICTS = (
-    "reproduced", "contradicted", "not seen", "compiled", "modelled", "not possible here", "not tried", "being made"
+    "reproduced", "contradicted", "not seen", "compiled", "modelled", "not possible here", "not tried"
 )  # fmt: skip
 
 
