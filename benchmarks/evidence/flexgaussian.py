@@ -68,9 +68,10 @@ def items() -> Iterator[Item]:
         yield Item(
             name=f"fox: {method}",
             table=(
-                f"At most {DROP:g} dB lost against the test's photographs, which the scene and its scores have not seen "
-                "and by which searches choose, as in the paper: the smallest file of each (measured). The ratio is to a plain .ply of the scene's numbers; seconds are those of the search, or "
-                "of writing and reading where there is nothing to search"
+                f"At most {DROP:g} dB lost against the test's photographs, which the scene and its scores have not "
+                "seen and by which searches choose, as in the paper: the smallest file of each (measured). The ratio "
+                "is to a plain .ply of the scene's numbers; seconds are those of the search, or of writing and reading "
+                "where there is nothing to search"
             ),
             settings={"method": method, "drop": DROP, **FOX},
             run=functools.partial(_FOX_METHODS[method], method),
