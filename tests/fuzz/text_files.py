@@ -1,10 +1,8 @@
-"""Configurations, tables and lines of text, changed: a valid object or a documented error."""
+"""Configurations, tables and lines of text, each with its reader."""
 
 import dataclasses
 
-import pytest
-
-from tests.fuzz.mutations import REFUSED, Format, beside, fuzz_bytes, fuzz_json
+from tests.fuzz.mutations import REFUSED, Format, beside
 
 _YAML = b"""system: foundation
 model: &m {vocab_size: 64, hidden_size: 16}
@@ -194,18 +192,3 @@ LINES = {
     "rollouts": Format("a.jsonl", _rollouts_row, _rollouts),
     "study": Format("a.jsonl", _study_row, _study),
 }
-
-
-@pytest.mark.parametrize("name", BYTES)
-def test_changed_bytes(folder, name):
-    fuzz_bytes(BYTES[name], folder)
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_other_values_in_json(folder, name):
-    fuzz_json(DOCUMENTS[name], folder)
-
-
-@pytest.mark.parametrize("name", LINES)
-def test_other_values_in_json_lines(folder, name):
-    fuzz_json(LINES[name], folder)

@@ -1,4 +1,4 @@
-"""Files of structures, features and images, changed: a valid object or a documented error."""
+"""Files of structures, features and images, each with its reader."""
 
 import functools
 import gzip
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.fuzz.mutations import Format, fuzz_bytes, fuzz_json, fuzz_members, npy, text_of, zipped
+from tests.fuzz.mutations import Format, npy, text_of, zipped
 from tests.fuzz.samples import picture, png
 
 
@@ -193,26 +193,4 @@ DOCUMENTS = {
     "pie bench": Format("mapping_file.json", lambda: _PIE, _pie, beside=_beside_pie),
 }
 
-
-@pytest.mark.parametrize("name", BYTES)
-def test_changed_bytes(folder, name):
-    fuzz_bytes(BYTES[name], folder)
-
-
-@pytest.mark.parametrize("name", ["mmcif"])
-def test_changed_bytes_under_gzip(folder, name):
-    fuzz_bytes(BYTES[name], folder, lambda raw: gzip.compress(raw, mtime=0))
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_other_values_in_json(folder, name):
-    fuzz_json(DOCUMENTS[name], folder)
-
-
 MEMBERS = {"inversion": Format("a.npz", _inversion_members, _inversion)}
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", MEMBERS)
-def test_changed_members_of_archives(folder, name, packed):
-    fuzz_members(MEMBERS[name], folder, packed=packed)
