@@ -58,7 +58,7 @@ def safetensors_of_three():
 def gguf_model(kind):
     import tempfile
 
-    from benchmarks.parity import write_gguf
+    from benchmarks.gguf_writer import write_gguf
     from tests.models.checkpoints import golden
 
     made = golden("llama")

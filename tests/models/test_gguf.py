@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.parity import write_gguf
+from benchmarks.gguf_writer import write_gguf
 from jaxlab.models import load, load_pretrained
 from jaxlab.models.gguf import GgufFile
 from tests.models.checkpoints import golden, write
