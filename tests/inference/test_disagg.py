@@ -22,6 +22,7 @@ from jaxlab.inference.crew import Crew, LocalWorker
 from jaxlab.inference.roles import DecodeWorker, PrefillWorker
 from jaxlab.inference.tcp_transfer import TcpTransfer
 from jaxlab.inference.transfer import BACKENDS, InprocTransfer
+from tests.inference.test_crew import Silent
 
 CONFIG = EngineConfig(17, page_size=4, max_running=4, prefill_chunk=16, batch_buckets=(4,), kv_dtype="float32")
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
@@ -386,51 +387,6 @@ def test_prefilled_requests_wait_for_a_decode_worker_that_is_started(mortal, gre
     outputs += finish(engine)
     assert [tokens_of(outputs, request_id) for request_id in ids] == greedy
     assert gate.held_bytes == 0
-
-
-class Silent:
-    """A worker that does not get ready."""
-
-    pid, heard_at = None, float("inf")
-
-    def __init__(self, deliver=None):
-        self._deliver = deliver
-
-    def order(self, word, *arguments):
-        pass
-
-    def kill(self):
-        self._deliver(self, "died", "killed by SIGKILL")
-
-    def close(self):
-        pass
-
-
-def test_a_crew_gives_up_on_those_that_do_not_start():
-    def failing(slot, deliver):
-        worker = Silent()
-        deliver(worker, "failed", FileNotFoundError("no such model"))
-        deliver(worker, "died", "exit code 1")
-        return worker
-
-    with pytest.raises(FileNotFoundError, match="no such model"):
-        Crew({"prefill": 1}, failing, restarts=3).wait()
-
-    made = []
-
-    def hanging(slot, deliver):
-        made.append(Silent(deliver))
-        made[-1].pid = 1
-        return made[-1]
-
-    with pytest.raises(WorkerLost, match="worker decode-0 dies when it is started"):
-        Crew({"decode": 1}, hanging, restarts=2, start_timeout_s=0.0).wait()
-    assert len(made) == 3
-
-    crew = Crew({"decode": 1}, hanging, heartbeat_timeout_s=5.0)
-    made[-1].heard_at = time.monotonic() - 6
-    assert [event for _, event, _ in crew.poll(0.0)] == ["died"]
-    assert crew.of("decode") == []
 
 
 def test_routes_see_the_workers_and_choose(model, params, greedy):
