@@ -91,6 +91,8 @@ class Checkpointer:
             for leftover in self.folder.glob(".saving-*"):
                 shutil.rmtree(leftover)
             temporary.mkdir()
+        # Collectives of the program that computes the state and the barrier's can wait for each other for ever.
+        jax.block_until_ready(state)
         _barrier(f"save-{step}-begin")
         if arrays:
             _write_arrays(temporary / _ARRAYS, arrays)
