@@ -91,8 +91,7 @@ class Checkpointer:
             for leftover in self.folder.glob(".saving-*"):
                 shutil.rmtree(leftover)
             temporary.mkdir()
-        # Collectives of the program that computes the state and the barrier's can wait for each other for ever.
-        jax.block_until_ready(state)
+        jax.block_until_ready(state)  # what failed on the way to the state is told here; in a barrier it would hang
         _barrier(f"save-{step}-begin")
         if arrays:
             _write_arrays(temporary / _ARRAYS, arrays)
